@@ -1,0 +1,31 @@
+"""Hardens any FastAPI application with one call.
+
+Example:
+    >>> from fastapi import FastAPI
+    >>> from fastapi_hardening import harden
+    >>> app = FastAPI()
+    >>> handle = harden(app)
+"""
+
+from fastapi_hardening.core.check import CheckResult
+from fastapi_hardening.core.configuration import ConfigurationError
+from fastapi_hardening.core.problem import Problem
+from fastapi_hardening.handle import Hardening
+from fastapi_hardening.harden import harden
+from fastapi_hardening.observability.request_context import RequestId
+from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders
+from fastapi_hardening.settings import Settings
+
+__all__ = [
+    "CheckResult",
+    "ConfigurationError",
+    "CspNonce",
+    "Hardening",
+    "Problem",
+    "RequestId",
+    "SecurityHeaders",
+    "Settings",
+    "harden",
+]
+
+__version__ = "0.1.0"

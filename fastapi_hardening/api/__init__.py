@@ -1,0 +1,1 @@
+"""The interface itself: errors now; versions, tenants and more to come."""

@@ -1,0 +1,1 @@
+"""What every concern stands on. Nothing in here knows a concern; imports go down only."""

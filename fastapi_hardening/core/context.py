@@ -1,0 +1,118 @@
+"""What is known about the request that is being served: one mutable object, made once, seen by every answer.
+
+The outermost of our layers makes it; every other layer, dependency and log record finds it, in the scope or, where
+there is no scope at hand, in a context variable. It is not a bag for the application: use ``request.state`` for that.
+"""
+
+import secrets
+import time
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING, Any, Literal
+
+from starlette.types import Scope
+
+from fastapi_hardening.core.client_ip import ClientAddress, ClientAddressResolver, peer_of
+from fastapi_hardening.core.events import Events
+
+if TYPE_CHECKING:
+    from fastapi_hardening.core.routes import RouteEntry
+
+SCOPE_KEY = "fastapi_hardening.context"
+
+_current: ContextVar["RequestContext | None"] = ContextVar("fastapi_hardening.context", default=None)
+_direct_peers = ClientAddressResolver()
+
+
+class RequestContext:
+    """The facts of one request or websocket.
+
+    Attributes:
+        request_id: The id that every answer and log record carries.
+        client: Where the request comes from, as far as it is believed.
+        secure: The client speaks TLS, to this server or to a trusted proxy in front of it.
+        started: When the request arrived, on the monotonic clock, in seconds.
+        route: The route that the request will reach, with its overrides; ``None`` until a layer has looked it up.
+        traceparent: The W3C ``traceparent`` as it came in, not validated; ``None`` without one.
+        principal: Who the caller is, once authentication has said so.
+        tenant: Whose data it is about, once tenancy has said so.
+        error_format: ``problem`` (RFC 9457) or ``fastapi`` (``{"detail": ...}``).
+        events: The event bus of the hardened application, or ``None`` outside one.
+        hardened: The stack of a ``harden()`` call is around; a second one inside it steps aside.
+        state: What single concerns keep for this request, each under its own class.
+    """
+
+    __slots__ = (
+        "client",
+        "error_format",
+        "events",
+        "hardened",
+        "principal",
+        "request_id",
+        "route",
+        "secure",
+        "started",
+        "state",
+        "tenant",
+        "traceparent",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        client: ClientAddress,
+        started: float,
+        *,
+        secure: bool = False,
+        traceparent: bytes | None = None,
+        error_format: Literal["problem", "fastapi"] = "problem",
+        events: Events | None = None,
+        hardened: bool = False,
+    ) -> None:
+        self.request_id = request_id
+        self.client = client
+        self.started = started
+        self.secure = secure
+        self.traceparent = traceparent
+        self.error_format: Literal["problem", "fastapi"] = error_format
+        self.events = events
+        self.hardened = hardened
+        self.route: RouteEntry | None = None
+        self.principal: Any = None
+        self.tenant: str | None = None
+        self.state: dict[type, Any] = {}
+
+
+def new_request_id() -> str:
+    """A fresh id: 128 random bits as 32 hexadecimal digits, which is also a valid W3C trace id."""
+    return secrets.token_hex(16)
+
+
+def of(scope: Scope) -> RequestContext | None:
+    """The context of this scope, or ``None`` where no layer of ours is around."""
+    context: RequestContext | None = scope.get(SCOPE_KEY)
+    return context
+
+
+def ensure(scope: Scope) -> RequestContext:
+    """The context of this scope, made with defaults where none of our outer layers has made it."""
+    context: RequestContext | None = scope.get(SCOPE_KEY)
+    if context is None:
+        client = _direct_peers.resolve(peer_of(scope.get("client"), scope.get("server")))
+        secure = scope.get("scheme") in ("https", "wss")
+        context = scope[SCOPE_KEY] = RequestContext(new_request_id(), client, time.monotonic(), secure=secure)
+    return context
+
+
+def current() -> RequestContext | None:
+    """The context of the request that this task works for, or ``None`` outside a request."""
+    return _current.get()
+
+
+def enter(context: RequestContext) -> Token["RequestContext | None"]:
+    """Makes a context the current one; hand the token to :func:`leave`."""
+    return _current.set(context)
+
+
+def leave(token: Token["RequestContext | None"]) -> None:
+    """Ends what :func:`enter` began."""
+    _current.reset(token)

@@ -1,0 +1,143 @@
+"""The handle of a hardened application: what its concerns share, and what an application may ask about itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from fastapi_hardening.core.check import CheckResult, Checks
+from fastapi_hardening.core.client_ip import ClientAddressResolver
+from fastapi_hardening.core.clock import Clock, SystemClock
+from fastapi_hardening.core.events import Events
+from fastapi_hardening.core.lifecycle import Lifecycle
+from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
+from fastapi_hardening.core.store import MemoryStore, StateStore
+from fastapi_hardening.settings import Settings
+
+LayerState = Literal["on", "off", "planned"]
+
+
+class Slot(NamedTuple):
+    """A place in the pipeline.
+
+    Attributes:
+        name: What the layer is called.
+        setting: The field of the settings that switches it.
+        purpose: What it is for, in a few words.
+        build: Puts the layer around an application; ``None`` where it is planned.
+    """
+
+    name: str
+    setting: str
+    purpose: str
+    build: Callable[["Hardening", ASGIApp], ASGIApp] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A line of the pipeline's description.
+
+    Attributes:
+        name: What the layer is called.
+        state: ``on``, ``off`` by the settings, or ``planned``.
+        purpose: What it is for, in a few words.
+        setting: The field of the settings that switches it.
+    """
+
+    name: str
+    state: LayerState
+    purpose: str
+    setting: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoutePolicies:
+    """What holds on a route.
+
+    Attributes:
+        template: The path template with every prefix and mount.
+        methods: The methods that it takes; empty for any.
+        kind: ``http``, ``websocket``, ``mount`` (not looked into) or ``other``.
+        overrides: The overrides by the name of their class, the outermost level first.
+    """
+
+    template: str | None
+    methods: tuple[str, ...]
+    kind: str
+    overrides: Mapping[str, tuple[Any, ...]]
+
+
+class Hardening:
+    """What :func:`~fastapi_hardening.harden` returns and leaves on ``app.state.hardening``.
+
+    Attributes:
+        settings: The settings in effect.
+        service_name: How the service calls itself.
+        events: Facts that concerns tell; subscribe to them.
+        checks: Health checks; add your own.
+        store: Where shared state is kept.
+        lifecycle: Whether the process starts, serves or drains.
+        client_addresses: Finds the client's address.
+        table: The routes of the application and of everything mounted under it.
+        clock: Where the time comes from.
+    """
+
+    settings: Settings
+    service_name: str
+    events: Events
+    checks: Checks
+    store: StateStore
+    lifecycle: Lifecycle
+    client_addresses: ClientAddressResolver
+    table: RouteTable
+    clock: Clock
+
+    def __init__(
+        self, app: FastAPI, settings: Settings, inbound: Sequence[Slot] = (), *, clock: Clock | None = None
+    ) -> None:
+        self._inbound = inbound
+        self.settings = settings
+        self.service_name = settings.service_name or app.title
+        self.clock = clock or SystemClock()
+        self.events = Events()
+        self.checks = Checks()
+        self.store = MemoryStore(clock=self.clock)
+        self.table = table_of(app)
+        self.client_addresses = ClientAddressResolver(
+            settings.trusted_proxies, forwarded_header=settings.forwarded_header, events=self.events
+        )
+        self.lifecycle = Lifecycle(
+            drain_delay_seconds=settings.health.drain_delay_seconds,
+            drain_deadline_seconds=settings.health.drain_deadline_seconds,
+            events=self.events,
+            clock=self.clock,
+        )
+        self.checks.add("client_address", self._client_address, critical=False)
+
+    @property
+    def pipeline(self) -> tuple[Layer, ...]:
+        """The layers in the order in which a request meets them."""
+        return tuple(Layer(slot.name, self.state_of(slot), slot.purpose, slot.setting) for slot in self._inbound)
+
+    def state_of(self, slot: Slot) -> LayerState:
+        """Whether a slot's layer is there."""
+        if slot.build is None:
+            return "planned"
+        return "on" if getattr(self.settings, slot.setting).enabled else "off"
+
+    def routes(self) -> tuple[RoutePolicies, ...]:
+        """Every route, mounts looked into, with the overrides that hold on it."""
+        return tuple(_policies(entry) for entry in self.table)
+
+    def _client_address(self) -> CheckResult:
+        proxy = self.client_addresses.unknown_proxy
+        if proxy is None:
+            return CheckResult("pass")
+        return CheckResult("warn", f"{proxy} sends forwarding headers; if it is your proxy, add it to trusted_proxies")
+
+
+def _policies(entry: RouteEntry) -> RoutePolicies:
+    overrides = {kind.__name__: overrides for kind, overrides in entry.overrides.items()}
+    return RoutePolicies(entry.template, tuple(sorted(entry.methods or ())), entry.kind, overrides)

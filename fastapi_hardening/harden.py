@@ -1,0 +1,165 @@
+"""One call hardens an application. This file is the whole of it: the layers in their order, and where they are put.
+
+Example:
+    >>> from fastapi import FastAPI
+    >>> from fastapi_hardening import harden
+    >>> app = FastAPI()
+    >>> handle = harden(app)
+    >>> [layer.name for layer in handle.pipeline if layer.state == "on"][:3]
+    ['probes', 'request context', 'security headers']
+"""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fastapi_hardening.api import errors
+from fastapi_hardening.core import context as request_context
+from fastapi_hardening.core.clock import Clock
+from fastapi_hardening.core.configuration import ConfigurationError
+from fastapi_hardening.core.headers import RawHeaders
+from fastapi_hardening.core.routes import RouteTable
+from fastapi_hardening.handle import Hardening, Slot
+from fastapi_hardening.observability.health import HealthMiddleware
+from fastapi_hardening.observability.request_context import RequestContextMiddleware, request_id_for
+from fastapi_hardening.resilience.drain import DrainMiddleware
+from fastapi_hardening.security.security_headers import HeaderPolicy, SecurityHeadersMiddleware
+from fastapi_hardening.settings import Settings
+
+logger = logging.getLogger("fastapi_hardening")
+
+# A request meets the layers from top to bottom, its answer from bottom to top. A slot that builds nothing is planned.
+INBOUND: tuple[Slot, ...] = (
+    Slot("probes", "health", "liveness, readiness, start-up and the health report, before anything can refuse them",
+         lambda h, app: HealthMiddleware(
+             app, h.settings.health, checks=h.checks, lifecycle=h.lifecycle, fields=_probe_fields(h),
+             about={"serviceId": h.service_name}, events=h.events, clock=h.clock)),
+    Slot("request context", "request_id", "id, client address and route of the request, once, for everything below",
+         lambda h, app: RequestContextMiddleware(
+             app, h.settings.request_id, client_addresses=h.client_addresses, error_format=h.settings.errors.format,
+             events=h.events, clock=h.clock, hardened=True)),
+    Slot("access log", "access_log", "one structured line a request"),
+    Slot("metrics", "metrics", "rate, errors and duration by route"),
+    Slot("tracing", "tracing", "one server span"),
+    Slot("security headers", "security_headers", "header fields that protect browsers, on every answer",
+         lambda h, app: SecurityHeadersMiddleware(app, h.settings.security_headers)),
+    Slot("CORS", "cors", "above everything that refuses, so that a browser may read the refusal"),
+    Slot("errors", "errors", "whatever is raised becomes a problem document",
+         lambda h, app: errors.ErrorsMiddleware(app, h.settings.errors)),
+    # Refusals, the cheapest first.
+    Slot("drain", "health", "new connections and, in the end, new requests go elsewhere while the process ends",
+         lambda h, app: DrainMiddleware(
+             app, lifecycle=h.lifecycle, retry_after_seconds=h.settings.health.retry_after_seconds)),
+    Slot("load shedding", "load_shedding", "503 while overloaded"),
+    Slot("request limits", "request_limits", "line, header fields, host, path, and the body as it is read"),
+    Slot("address limit", "address_limit", "flood guard by client address, without I/O"),
+    Slot("version", "versioning", "which version of the API is asked for"),
+    Slot("authentication", "auth", "who calls, and whether the route lets them"),
+    Slot("tenancy", "tenancy", "whose data it is about"),
+    Slot("rate limit", "rate_limit", "limits by identity, plan, tenant and route"),
+    Slot("input validation", "input_validation", "inspects content"),
+    Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
+    Slot("compression", "compression", "compresses answers"),
+    Slot("response cache", "response_cache", "answers from memory, after authorisation"),
+)  # fmt: skip
+
+
+def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | None = None) -> Hardening:
+    """Hardens an application: security headers, errors, request ids, probes, draining, in the right order.
+
+    Call it once, where the application is made. Routes, routers, mounts, middlewares and OpenTelemetry instrumentation
+    may be added before or after; the layers stay outside of all of them.
+
+    Args:
+        app: The application.
+        settings: The settings; by default they come from the environment.
+        clock: Where the time comes from; for tests.
+
+    Returns:
+        The handle, which is also ``app.state.hardening``.
+
+    Raises:
+        ConfigurationError: The settings cannot work, the application is hardened already, or it already serves.
+    """
+    if not isinstance(app, FastAPI):
+        raise ConfigurationError(
+            f"harden() takes a FastAPI application, not {type(app).__name__}; on Starlette add the middlewares singly"
+        )
+    if getattr(app.state, "hardening", None) is not None:
+        raise ConfigurationError("harden() was called on this application before; its handle is app.state.hardening")
+    if app.middleware_stack is not None:
+        raise ConfigurationError("harden() was called after the application began to serve; call it where it is made")
+    handle = app.state.hardening = Hardening(app, settings or Settings(), INBOUND, clock=clock)
+    build, lifespan = app.build_middleware_stack, app.router.lifespan_context
+
+    def build_hardened_stack() -> ASGIApp:
+        adopt_all = _adopting(handle)
+        adopt_all(handle.table.built())
+        handle.table.on_rebuilt.append(adopt_all)
+        # A server error middleware outermost: what instruments the application later expects one there.
+        return ServerErrorMiddleware(_around(handle, build()), handler=errors.exception_handler)  # type: ignore[arg-type]
+
+    @asynccontextmanager
+    async def hardened_lifespan(application: Any) -> AsyncIterator[Any]:
+        handle.lifecycle.begin("lifespan")
+        with handle.lifecycle.on_sigterm():
+            async with lifespan(application) as state:
+                handle.lifecycle.finish("lifespan")
+                yield state
+
+    app.build_middleware_stack = build_hardened_stack  # type: ignore[method-assign]
+    app.router.lifespan_context = hardened_lifespan
+    logger.info("hardened %s: %s", app.title, ", ".join(layer.name for layer in handle.pipeline if layer.state == "on"))
+    return handle
+
+
+def _around(handle: Hardening, inner: ASGIApp) -> ASGIApp:
+    """The layers that are on, around an application."""
+    app = inner
+    for slot in reversed(INBOUND):
+        # The context is always made: layers further in rely on it. Its own switch only takes the id off answers.
+        if slot.build is not None and (handle.state_of(slot) == "on" or slot.setting == "request_id"):
+            app = slot.build(handle, app)
+    return _StepAside(app, inner)
+
+
+def _adopting(handle: Hardening) -> Callable[[RouteTable], None]:
+    """Has every application of the tree answer errors alike; called again for what is mounted later."""
+
+    def adopt(table: RouteTable) -> None:
+        if handle.settings.errors.enabled:
+            for application in table.applications:
+                errors.install(application, handle.settings.errors)
+
+    return adopt
+
+
+def _probe_fields(handle: Hardening) -> Callable[[RawHeaders, Scope], RawHeaders]:
+    """What every answer carries, for the probes, which are answered above the layers that would add it."""
+    policy = HeaderPolicy(handle.settings.security_headers)
+    request_id = handle.settings.request_id
+
+    def fields(headers: RawHeaders, scope: Scope) -> RawHeaders:
+        if request_id.enabled:
+            headers.append((request_id.header.lower().encode("ascii"), request_id_for(scope, request_id).encode()))
+        return policy.apply(headers, tls=scope.get("scheme") == "https")
+
+    return fields
+
+
+class _StepAside:
+    """Leaves the work to the stack outside, where a hardened application is mounted in another one."""
+
+    def __init__(self, app: ASGIApp, bare: ASGIApp) -> None:
+        self.app = app
+        self._bare = bare
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        context = request_context.of(scope)
+        around = context is not None and context.hardened
+        await (self._bare if around else self.app)(scope, receive, send)

@@ -1,0 +1,1 @@
+"""Knowing what the application does: request ids and health."""

@@ -1,0 +1,1 @@
+"""Staying up: draining now; breakers, retries and more to come."""

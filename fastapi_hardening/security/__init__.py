@@ -1,0 +1,1 @@
+"""Keeping attackers out: security headers now; limits, authentication and more to come."""

@@ -1,0 +1,287 @@
+"""The settings of the whole suite: one field per concern, in the order of the pipeline, and how the fields relate.
+
+Sources, strongest first: arguments, ``HARDENING_*`` environment variables, ``.env``, a TOML file named by
+``HARDENING_FILE``, the profile of the environment, the defaults. They merge key by key: what a stronger source does not
+set, a weaker one may. Everything wrong is said at once, each with the sentence that mends it.
+
+Example:
+    >>> settings = Settings(environment="development", security_headers={"x_frame_options": "SAMEORIGIN"})
+    >>> settings.security_headers.x_frame_options, settings.health.details
+    ('SAMEORIGIN', 'always')
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, Field, PrivateAttr, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from fastapi_hardening.api.errors import ErrorsSettings
+from fastapi_hardening.core.client_ip import UNIX, parse_network
+from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
+from fastapi_hardening.core.sources import Key, Profiles, gather, sentence
+from fastapi_hardening.observability.health import HealthSettings
+from fastapi_hardening.observability.request_context import RequestIdSettings
+from fastapi_hardening.security.security_headers import SecurityHeadersSettings
+
+
+class NotBuiltYet(ConcernSettings):
+    """A concern that is planned: its name is taken already, so that configurations do not change when it comes."""
+
+    enabled: bool = False
+
+    @model_validator(mode="after")
+    def _cannot_be_enabled(self) -> Self:
+        if self.enabled:
+            raise ValueError("this concern is not built yet (see the changelog); leave it out for now")
+        return self
+
+
+class CorsSettings(NotBuiltYet):
+    """Which other origins may call; planned."""
+
+    allow_origins: tuple[str, ...] = ()
+    """Origins that may read answers."""
+
+
+class MetricsSettings(NotBuiltYet):
+    """Prometheus metrics; planned."""
+
+    engine: Literal["own", "instrumentator"] = "own"
+    """What records them."""
+
+
+class TracingSettings(NotBuiltYet):
+    """OpenTelemetry tracing; planned."""
+
+    engine: Literal["own", "instrumentation", "native"] = "own"
+    """What makes the server span."""
+
+
+class RequestLimitsSettings(NotBuiltYet):
+    """Limits on the request itself; planned."""
+
+    max_body_bytes: int = Field(10_000_000, ge=0)
+    """The largest body that is taken."""
+
+
+class AuthSettings(NotBuiltYet):
+    """Authentication; planned."""
+
+    default: Literal["optional", "required"] = "optional"
+    """Whether a route that says nothing demands a caller who is known."""
+
+
+class RateLimitSettings(NotBuiltYet):
+    """Rate limits; planned."""
+
+    default: str | tuple[str, ...] = "600/minute"
+    """What holds where no route says otherwise."""
+
+    strategy: Literal["token-bucket", "fixed-window", "sliding-window"] = "token-bucket"
+    """How requests are counted."""
+
+
+class InputValidationSettings(NotBuiltYet):
+    """Inspection of content; planned."""
+
+    mode: Literal["off", "report", "enforce"] = "report"
+    """Whether findings are ignored, reported or refused."""
+
+
+class RoutingSettings(NotBuiltYet):
+    """Routing by the table; planned."""
+
+    fast: bool = False
+    """Whether the router is handed only the routes that can match."""
+
+
+Environment = Literal["production", "staging", "development"]
+
+PROFILES: Profiles = {
+    "production": {},
+    "staging": {},
+    "development": {
+        "errors": {"details": True},
+        "health": {"details": "always", "drain_delay_seconds": 0.0},
+    },
+}
+"""What an environment changes; nothing else does."""
+
+
+@dataclass(frozen=True, slots=True)
+class SettingValue:
+    """One key as it is in effect.
+
+    Attributes:
+        key: The dotted key, such as ``health.ttl_seconds``.
+        value: Its value; secrets are masked.
+        source: Where it came from, such as ``default`` or ``environment variable HARDENING_HEALTH__TTL_SECONDS``.
+    """
+
+    key: str
+    value: Any
+    source: str
+
+
+class Settings(BaseSettings):
+    """All settings. Every key can be an argument, or an environment variable such as ``HARDENING_HEALTH__DETAILS``.
+
+    Raises:
+        ConfigurationError: A key is unknown or a value cannot be; the message lists all of them.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, hide_input_in_errors=True
+    )
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Old names of fields that still work, by their new name; they warn."""
+
+    environment: Environment = "production"
+    """``production``, ``staging`` or ``development``; what each changes is in the table of profiles."""
+
+    service_name: str | None = None
+    """How this service calls itself in reports and traces; the application's title if unset."""
+
+    state_url: SecretStr | None = None
+    """A Redis or Valkey that all workers share; planned. Unset, state is kept in memory, by each process for itself."""
+
+    workers: int = Field(1, ge=1)
+    """How many processes serve; a shared limit is divided by it when the shared store is gone."""
+
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses and networks of your own proxies, and ``unix`` for sockets: whose forwarding headers are believed."""
+
+    forwarded_header: Literal["x-forwarded-for", "forwarded"] = "x-forwarded-for"
+    """The one header in which your proxies write the client's address."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names that are served; any if empty. Planned: enforced with the request limits."""
+
+    health: HealthSettings = HealthSettings()
+    """Probes, health checks and draining."""
+
+    request_id: RequestIdSettings = RequestIdSettings()
+    """The id that every answer carries."""
+
+    access_log: NotBuiltYet = NotBuiltYet()
+    """One line a request; planned."""
+
+    metrics: MetricsSettings = MetricsSettings()
+    """Prometheus metrics; planned."""
+
+    tracing: TracingSettings = TracingSettings()
+    """OpenTelemetry tracing; planned."""
+
+    security_headers: SecurityHeadersSettings = SecurityHeadersSettings()
+    """The header fields that protect browsers."""
+
+    cors: CorsSettings = CorsSettings()
+    """Which other origins may call; planned."""
+
+    errors: ErrorsSettings = ErrorsSettings()
+    """Error answers."""
+
+    load_shedding: NotBuiltYet = NotBuiltYet()
+    """Refusals under overload; planned."""
+
+    request_limits: RequestLimitsSettings = RequestLimitsSettings()
+    """Limits on the request itself; planned."""
+
+    address_limit: NotBuiltYet = NotBuiltYet()
+    """The flood guard by address; planned."""
+
+    versioning: NotBuiltYet = NotBuiltYet()
+    """API versions; planned."""
+
+    auth: AuthSettings = AuthSettings()
+    """Authentication; planned."""
+
+    tenancy: NotBuiltYet = NotBuiltYet()
+    """Tenants; planned."""
+
+    rate_limit: RateLimitSettings = RateLimitSettings()
+    """Rate limits; planned."""
+
+    input_validation: InputValidationSettings = InputValidationSettings()
+    """Inspection of content; planned."""
+
+    idempotency: NotBuiltYet = NotBuiltYet()
+    """Replay of repeated requests; planned."""
+
+    compression: NotBuiltYet = NotBuiltYet()
+    """Compression of answers; planned."""
+
+    response_cache: NotBuiltYet = NotBuiltYet()
+    """Caching of answers; planned."""
+
+    timeout: NotBuiltYet = NotBuiltYet()
+    """Deadlines of handlers; planned."""
+
+    routing: RoutingSettings = RoutingSettings()
+    """Routing by the table; planned."""
+
+    _sources: dict[Key, str] = PrivateAttr(default_factory=dict)
+
+    def __init__(self, _env_file: str | os.PathLike[str] | None = ".env", **values: Any) -> None:
+        problems: list[str] = []
+        leaves = gather(type(self), values, _env_file, PROFILES, problems)
+        nested: dict[str, Any] = {}
+        for path, (value, _) in leaves.items():
+            inner = nested
+            for part in path[:-1]:
+                inner = inner.setdefault(part, {})
+            inner[path[-1]] = value
+        sources = {path: source for path, (_, source) in leaves.items()}
+        try:
+            super().__init__(**nested)
+        except ValidationError as error:
+            problems += [sentence(each, sources) for each in error.errors(include_input=False)]
+        if problems:
+            raise ConfigurationError("\n".join(("the settings cannot be used:", *(f"  - {p}" for p in problems))))
+        self._sources.update(sources)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the signature is pydantic-settings'
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The sources are read and merged in ``__init__``, key by key and each with its name."""
+        return (init_settings,)
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in entries:
+            if entry != UNIX:
+                parse_network(entry)
+        return entries
+
+    @field_validator("state_url")
+    @classmethod
+    def _has_a_store(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None:
+            raise ValueError("the shared store is not built yet (see the changelog); leave it out for now")
+        return url
+
+    def describe(self) -> tuple[SettingValue, ...]:
+        """Every key with the value in effect and where it came from; secrets are masked."""
+        return tuple(
+            SettingValue(".".join(path), value, self._sources.get(path, "default")) for path, value in _walk(self)
+        )
+
+
+def _walk(model: BaseModel, above: Key = ()) -> Iterator[tuple[Key, Any]]:
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from _walk(value, (*above, name))
+        else:
+            yield (*above, name), "********" if isinstance(value, SecretStr) else value
