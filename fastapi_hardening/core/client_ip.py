@@ -107,7 +107,7 @@ class ClientAddressResolver:
             peer: The socket's peer: an IP, a literal, or ``None`` where the server knows none.
             forwarded: Every line of the configured forwarding header, in order.
         """
-        if peer is None:
+        if not peer:
             return NO_ADDRESS
         direct, trusted, private = self._peer(peer)
         if not forwarded:

@@ -109,10 +109,14 @@ class Problem(HTTPException):
         return document | self.extensions
 
 
+# Python's own names of these still differ by its version.
+_PHRASES = {413: "Content Too Large", 414: "URI Too Long", 416: "Range Not Satisfiable", 422: "Unprocessable Content"}
+
+
 def phrase(status: int) -> str:
-    """The reason phrase of a status; of its class where the status is unknown."""
+    """The reason phrase of a status (RFC 9110, section 15); of its class where the status is unknown."""
     try:
-        return HTTPStatus(status).phrase
+        return _PHRASES.get(status) or HTTPStatus(status).phrase
     except ValueError:
         return "Client Error" if status < 500 else "Server Error"  # noqa: PLR2004
 

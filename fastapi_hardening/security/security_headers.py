@@ -52,7 +52,7 @@ STRICT_CSP = (
 _FEATURES = (
     "accelerometer autoplay camera cross-origin-isolated display-capture encrypted-media fullscreen geolocation "
     "gyroscope magnetometer microphone midi payment picture-in-picture publickey-credentials-get screen-wake-lock "
-    "usb web-share xr-spatial-tracking clipboard-read clipboard-write gamepad hid idle-detection serial unload"
+    "usb xr-spatial-tracking clipboard-read clipboard-write gamepad hid idle-detection serial unload"
 )
 
 # Fields that tell an attacker which product and version answers. Tracing fields are not among them: they are wanted.
@@ -153,18 +153,25 @@ class HeaderSet:
 class HeaderPolicy:
     """Settings frozen to bytes: a set for each of HTML and other answers, over TLS and without.
 
+    Args:
+        settings: The fields.
+        insisted_on: Settings that a route has changed on purpose; their fields replace what the application sets.
+
     Example:
         >>> policy = HeaderPolicy(SecurityHeadersSettings())
         >>> [name for name, _ in policy.apply([(b"content-type", b"text/html")], tls=True)][:2]
         [b'content-type', b'strict-transport-security']
     """
 
-    def __init__(self, settings: SecurityHeadersSettings) -> None:
+    def __init__(self, settings: SecurityHeadersSettings, *, insisted_on: Iterable[str] = ()) -> None:
         kinds = [(html, tls) for html in (False, True) for tls in (False, True)]
         self._sets = {kind: _build(settings, html=kind[0], tls=kind[1]) for kind in kinds}
         self._plain = {kind: _with_nonce(headers, None) for kind, headers in self._sets.items()}
         self._enabled = settings.enabled
-        self._replaces = settings.on_conflict == "replace"
+        insisted = frozenset(name.removeprefix("api_").replace("_", "-").encode("ascii") for name in insisted_on)
+        ours = frozenset(name for headers in self._sets.values() for name in headers.names)
+        # Of these fields ours stays when the application has set its own.
+        self._replacing = ours if settings.on_conflict == "replace" else ours & insisted
         self._removed = frozenset(name.lower().encode("latin-1") for name in settings.remove)
 
     def apply(
@@ -193,11 +200,13 @@ class HeaderPolicy:
             answer = [pair for pair in answer if pair[0].lower() not in self._removed]
         if names.isdisjoint(ours.names):
             answer += ours.fields
-        elif self._replaces and nonce is None:
-            answer = [pair for pair in answer if pair[0].lower() not in ours.names]
-            answer += ours.fields
-        else:
-            answer += [pair for pair in ours.fields if pair[0] not in names]
+            return answer
+        replaced = names & self._replacing & ours.names
+        if replaced and nonce is not None:
+            replaced -= {b"cache-control"}
+        kept = names - replaced
+        answer = [pair for pair in answer if pair[0].lower() not in replaced]
+        answer += [pair for pair in ours.fields if pair[0] not in kept]
         return answer
 
 
@@ -324,7 +333,7 @@ class SecurityHeadersMiddleware:
         if policy is None:
             changes = {name: value for override in overrides for name, value in override.changes.items()}
             settings = SecurityHeadersSettings.model_validate(dict(self._settings) | changes)
-            policy = self._policies[overrides] = HeaderPolicy(settings)
+            policy = self._policies[overrides] = HeaderPolicy(settings, insisted_on=changes)
         return policy
 
 
@@ -341,6 +350,8 @@ class _Nonce:
 
 class SecurityHeaders(Override):
     """Changes single fields on a route, a router or an application; every level holds, field by field the innermost.
+
+    A field that it names replaces what the endpoint, or FastAPI for it, has set.
 
     Without the layer (an application that was never hardened) it sets the named fields by itself, on the answers that
     FastAPI builds; a ``Response`` object that the endpoint returns is then left as it is.

@@ -1,0 +1,113 @@
+// No innerHTML and no inline handlers: whatever a product is called, it is text.
+"use strict";
+
+const element = (id) => document.getElementById(id);
+const money = (cents) => (cents / 100).toLocaleString(undefined, { style: "currency", currency: "EUR" });
+const say = (text) => { element("message").textContent = text; };
+
+let query = "";
+let nextOffset = null;
+let basket = { lines: [], total_cents: 0 };
+let follower = null;
+
+// Every error of the API is a problem document; its id finds the request in the log.
+async function call(path, options = {}) {
+  const answer = await fetch(path, { headers: { "Content-Type": "application/json" }, ...options });
+  if (answer.ok) return answer.status === 204 ? null : answer.json();
+  const problem = await answer.json().catch(() => ({}));
+  const reference = answer.headers.get("X-Request-ID");
+  throw new Error(`${problem.detail || problem.title || answer.status} (reference ${reference})`);
+}
+
+function attempt(work) {
+  return async (event) => {
+    event?.preventDefault();
+    say("");
+    try {
+      await work(event);
+    } catch (error) {
+      say(error.message);
+    }
+  };
+}
+
+function fromTemplate(id) {
+  return element(id).content.firstElementChild.cloneNode(true);
+}
+
+async function showProducts(offset = 0) {
+  const parameters = new URLSearchParams({ offset, ...(query && { q: query }) });
+  const page = await call(`/api/${query ? "search" : "products"}?${parameters}`);
+  const items = page.items.map((product) => {
+    const item = fromTemplate("product");
+    item.querySelector("h3").textContent = product.name;
+    item.querySelector(".description").textContent = product.description;
+    item.querySelector(".price").textContent = money(product.price_cents);
+    item.querySelector(".stock").textContent = product.stock ? `${product.stock} left` : "out of stock";
+    if (product.picture) {
+      item.querySelector("img").src = product.picture;
+      item.querySelector("img").hidden = false;
+    }
+    const button = item.querySelector("button");
+    button.disabled = product.stock === 0;
+    button.setAttribute("aria-label", `Add ${product.name}`);
+    button.addEventListener("click", attempt(() => add(product.id)));
+    return item;
+  });
+  if (offset) element("products").append(...items);
+  else element("products").replaceChildren(...items);
+  nextOffset = page.next_offset;
+  element("more").hidden = nextOffset === null;
+  if (!offset && !items.length) say("Nothing found.");
+}
+
+async function showBasket() {
+  basket = await call("/api/basket");
+  element("total").textContent = money(basket.total_cents);
+  element("order").querySelector("button").disabled = !basket.lines.length;
+  element("basket").replaceChildren(...basket.lines.map((line) => {
+    const item = fromTemplate("line");
+    item.querySelector(".name").textContent = `${line.quantity} × ${line.name}`;
+    item.querySelector(".price").textContent = money(line.price_cents * line.quantity);
+    item.querySelector("button").setAttribute("aria-label", `Remove ${line.name}`);
+    item.querySelector("button").addEventListener("click", attempt(async () => {
+      await call(`/api/basket/${line.product_id}`, { method: "DELETE" });
+      await showBasket();
+    }));
+    return item;
+  }));
+}
+
+async function add(productId) {
+  const line = basket.lines.find((candidate) => candidate.product_id === productId);
+  const body = JSON.stringify({ quantity: (line?.quantity ?? 0) + 1 });
+  await call(`/api/basket/${productId}`, { method: "PUT", body });
+  await showBasket();
+}
+
+function follow(order) {
+  follower?.close();
+  follower = new EventSource(`/api/orders/${order.id}/events`);
+  for (const status of ["placed", "confirmed", "shipped"]) {
+    follower.addEventListener(status, () => {
+      element("order-status").textContent = `Your order of ${money(order.total_cents)} is ${status}.`;
+      // Without this the browser would ask again and again for news of a finished order.
+      if (status === "shipped") follower.close();
+    });
+  }
+}
+
+element("search").addEventListener("submit", attempt(async (event) => {
+  query = new FormData(event.target).get("q").trim();
+  await showProducts();
+}));
+element("more").addEventListener("click", attempt(() => showProducts(nextOffset)));
+element("order").addEventListener("submit", attempt(async (event) => {
+  const body = JSON.stringify(Object.fromEntries(new FormData(event.target)));
+  const order = await call("/api/orders", { method: "POST", body });
+  event.target.reset();
+  follow(order);
+  await Promise.all([showBasket(), showProducts()]);
+}));
+
+attempt(() => Promise.all([showProducts(), showBasket()]))();
