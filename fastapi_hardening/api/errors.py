@@ -186,11 +186,14 @@ async def exception_handler(request: Request, _exception: Exception) -> ProblemR
 
 async def telling_exception_handler(request: Request, exception: Exception) -> ProblemResponse:
     """Answers an exception that nobody handles with its traceback; for development."""
-    problem = InternalError(
+    return ProblemResponse(_telling(exception), request_context.of(request.scope))
+
+
+def _telling(exception: Exception) -> InternalError:
+    return InternalError(
         f"{type(exception).__name__}: {exception}",
         extensions={"traceback": "".join(traceback.format_exception(exception)).splitlines()},
     )
-    return ProblemResponse(problem, request_context.of(request.scope))
 
 
 def install(app: Any, settings: ErrorsSettings) -> None:
@@ -221,7 +224,7 @@ def install(app: Any, settings: ErrorsSettings) -> None:
 
 
 class ErrorsMiddleware:
-    """Answers what is raised through the application, and the refusals that Starlette sends past every handler.
+    """Answers what is raised through the application, and the 413 that Starlette sends past every handler.
 
     Args:
         app: The application inside.
@@ -258,9 +261,10 @@ class ErrorsMiddleware:
         try:
             await self.app(scope, receive, send_problem)
         except Exception as exception:
+            if type(exception).__module__ == _BODY_LIMIT:
+                raise
             self._tell(exception, scope)
-            if not started:
-                await self._answer(exception, scope, receive, send)
+            await self._answer(exception, started, scope, receive, send)
             if self._settings.reraise:
                 raise
 
@@ -279,14 +283,20 @@ class ErrorsMiddleware:
             exc_info=None if self._settings.reraise else exception,
         )
 
-    async def _answer(self, exception: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, exception: Exception, started: bool, scope: Scope, receive: Receive, send: Send) -> None:
+        if started:
+            return
         if isinstance(exception, HTTPException) and exception.status_code >= 400:  # noqa: PLR2004
             problem = problem_of(exception)
         elif self._settings.details:
-            problem = InternalError(f"{type(exception).__name__}: {exception}")
+            problem = _telling(exception)
         else:
             problem = InternalError()
         await refuse(problem, scope, receive, send, layer="errors")
+
+
+# Where this layer is used alone it sits inside Starlette's body limit, whose signals pass through it.
+_BODY_LIMIT = "starlette.middleware.body_limit"
 
 
 def _is_starlettes(message: Message) -> bool:

@@ -21,14 +21,15 @@ Example:
     ...     return "may be framed"
 """
 
+import re
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import secure
 from fastapi import Depends, Response
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -72,7 +73,16 @@ def _empty_is_none(value: object) -> object:
     return None if value == "" else value
 
 
+T = TypeVar("T")
 Text = Annotated[str | None, BeforeValidator(_empty_is_none)]
+OneOf = Annotated[T | None, BeforeValidator(_empty_is_none)]
+
+_REFERRER_POLICIES = (
+    "no-referrer no-referrer-when-downgrade origin origin-when-cross-origin same-origin strict-origin "
+    "strict-origin-when-cross-origin unsafe-url"
+)
+_HSTS = re.compile(r"max-age=(\d+)(; includeSubDomains)?(; preload)?")
+_YEAR_SECONDS = 31_536_000
 
 
 class SecurityHeadersSettings(ConcernSettings):
@@ -90,10 +100,10 @@ class SecurityHeadersSettings(ConcernSettings):
     api_content_security_policy: Text = "default-src 'none'; frame-ancestors 'none'"
     """On every answer that is not HTML, enforced."""
 
-    x_frame_options: Annotated[Literal["DENY", "SAMEORIGIN"] | None, BeforeValidator(_empty_is_none)] = "DENY"
+    x_frame_options: OneOf[Literal["DENY", "SAMEORIGIN"]] = "DENY"
     """For browsers that do not know ``frame-ancestors``."""
 
-    x_content_type_options: Annotated[Literal["nosniff"] | None, BeforeValidator(_empty_is_none)] = "nosniff"
+    x_content_type_options: OneOf[Literal["nosniff"]] = "nosniff"
     """Keeps a browser from taking an answer for another type than it says."""
 
     referrer_policy: Text = "strict-origin-when-cross-origin"
@@ -102,20 +112,24 @@ class SecurityHeadersSettings(ConcernSettings):
     permissions_policy: Text = ", ".join(f"{feature}=()" for feature in _FEATURES.split())
     """Browser features that pages may use; none by default."""
 
-    cross_origin_opener_policy: Text = "same-origin"
+    cross_origin_opener_policy: OneOf[
+        Literal["unsafe-none", "same-origin", "same-origin-allow-popups", "noopener-allow-popups"]
+    ] = "same-origin"
     """Cuts the tie to windows of other origins. A sign-in pop-up of another origin needs
     ``same-origin-allow-popups``."""
 
-    cross_origin_resource_policy: Text = "same-origin"
+    cross_origin_resource_policy: OneOf[Literal["same-origin", "same-site", "cross-origin"]] = "same-origin"
     """Who may embed the answer without CORS. Public images and scripts need ``cross-origin``."""
 
-    cross_origin_embedder_policy: Text = None
+    cross_origin_embedder_policy: OneOf[Literal["unsafe-none", "require-corp", "credentialless"]] = None
     """Demands consent of everything that a page embeds; breaks most pages, so it is left out."""
 
-    x_dns_prefetch_control: Text = "off"
+    x_dns_prefetch_control: OneOf[Literal["on", "off"]] = "off"
     """Keeps the browser from resolving the links of a page before they are followed."""
 
-    x_permitted_cross_domain_policies: Text = "none"
+    x_permitted_cross_domain_policies: OneOf[
+        Literal["none", "master-only", "by-content-type", "by-ftp-filename", "all", "none-this-response"]
+    ] = "none"
     """Keeps old document viewers from reading data across origins."""
 
     cache_control: Text = None
@@ -130,6 +144,29 @@ class SecurityHeadersSettings(ConcernSettings):
     remove: tuple[str, ...] = tuple(_REVEALING.split())
     """Fields taken off every answer. The server's own ``Server`` field is added later: run uvicorn with
     ``--no-server-header``."""
+
+    @field_validator("referrer_policy")
+    @classmethod
+    def _is_a_referrer_policy(cls, text: str | None) -> str | None:
+        for token in (text or "no-referrer").split(","):
+            if token.strip() not in _REFERRER_POLICIES:
+                raise ValueError(
+                    f"{token.strip()!r} is no such policy{did_you_mean(token.strip(), _REFERRER_POLICIES)}"
+                )
+        return text
+
+    @field_validator("strict_transport_security")
+    @classmethod
+    def _is_a_transport_policy(cls, text: str | None) -> str | None:
+        if text is None:
+            return None
+        policy = _HSTS.fullmatch(text)
+        if policy is None:
+            raise ValueError(f"{text!r} is not like 'max-age=63072000; includeSubDomains; preload', in this order")
+        seconds, subdomains, preload = policy.groups()
+        if preload and (int(seconds) < _YEAR_SECONDS or not subdomains):
+            raise ValueError("preload lists take a policy of at least a year (31536000 s) with includeSubDomains only")
+        return text
 
     @model_validator(mode="after")
     def _can_be_sent(self) -> Self:
