@@ -264,7 +264,7 @@ class ErrorsMiddleware:
             if type(exception).__module__ == _BODY_LIMIT:
                 raise
             self._tell(exception, scope)
-            await self._answer(exception, started, scope, receive, send)
+            await self._answer(exception, scope, receive, send, started=started)
             if self._settings.reraise:
                 raise
 
@@ -283,7 +283,7 @@ class ErrorsMiddleware:
             exc_info=None if self._settings.reraise else exception,
         )
 
-    async def _answer(self, exception: Exception, started: bool, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, exception: Exception, scope: Scope, receive: Receive, send: Send, *, started: bool) -> None:
         if started:
             return
         if isinstance(exception, HTTPException) and exception.status_code >= 400:  # noqa: PLR2004

@@ -4,7 +4,7 @@ The outermost of our layers makes it; every other layer, dependency and log reco
 there is no scope at hand, in a context variable. It is not a bag for the application: use ``request.state`` for that.
 """
 
-import secrets
+import os
 import time
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, Literal
@@ -84,7 +84,7 @@ class RequestContext:
 
 def new_request_id() -> str:
     """A fresh id: 128 random bits as 32 hexadecimal digits, which is also a valid W3C trace id."""
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 def of(scope: Scope) -> RequestContext | None:

@@ -48,5 +48,6 @@ def get_all(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
 
 def replace(headers: RawHeaders, name: bytes, value: bytes) -> None:
     """Sets a field in place and drops every earlier line of it, whatever the case of its name."""
-    headers[:] = [pair for pair in headers if pair[0].lower() != name]
+    if name in [key.lower() for key, _ in headers]:
+        headers[:] = [pair for pair in headers if pair[0].lower() != name]
     headers.append((name, value))

@@ -101,8 +101,10 @@ class RequestContextMiddleware:
         self.app = app
         self.enabled = settings.enabled
         self._header = settings.header.lower().encode("ascii")
+        self._wanted = frozenset({self._header, b"traceparent", b"x-forwarded-proto"})
         self._trust = settings.trust_incoming
         self._addresses = client_addresses or ClientAddressResolver()
+        self._wanted |= {self._addresses.header}
         self._error_format: Literal["problem", "fastapi"] = error_format
         self._events = events
         self._now = (clock or SystemClock()).monotonic
@@ -137,6 +139,8 @@ class RequestContextMiddleware:
         forwarded: list[bytes] = []
         proto = b""
         for name, value in scope["headers"]:
+            if name not in self._wanted:
+                continue
             if name == self._header:
                 incoming = value if incoming is None else b""
             elif name == b"traceparent":
