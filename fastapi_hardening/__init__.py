@@ -12,7 +12,7 @@ from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.problem import Problem
 from fastapi_hardening.handle import Hardening
 from fastapi_hardening.harden import harden
-from fastapi_hardening.observability.request_context import RequestId
+from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
 from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders
 from fastapi_hardening.settings import Settings
 
@@ -20,6 +20,7 @@ __all__ = [
     "CheckResult",
     "ConfigurationError",
     "CspNonce",
+    "CurrentRequest",
     "Hardening",
     "Problem",
     "RequestId",

@@ -11,7 +11,7 @@ Example:
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,7 +26,7 @@ from fastapi_hardening.core.headers import RawHeaders
 from fastapi_hardening.core.routes import RouteTable
 from fastapi_hardening.handle import Hardening, Slot
 from fastapi_hardening.observability.health import HealthMiddleware
-from fastapi_hardening.observability.request_context import RequestContextMiddleware, request_id_for
+from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
 from fastapi_hardening.security.security_headers import HeaderPolicy, SecurityHeadersMiddleware
 from fastapi_hardening.settings import Settings
@@ -40,9 +40,7 @@ INBOUND: tuple[Slot, ...] = (
              app, h.settings.health, checks=h.checks, lifecycle=h.lifecycle, fields=_probe_fields(h),
              about={"serviceId": h.service_name}, events=h.events, clock=h.clock)),
     Slot("request context", "request_id", "id, client address and route of the request, once, for everything below",
-         lambda h, app: RequestContextMiddleware(
-             app, h.settings.request_id, client_addresses=h.client_addresses, error_format=h.settings.errors.format,
-             events=h.events, clock=h.clock, hardened=True)),
+         lambda h, app: RequestContextMiddleware(app, h.settings.request_id, maker=_context_maker(h))),
     Slot("access log", "access_log", "one structured line a request"),
     Slot("metrics", "metrics", "rate, errors and duration by route"),
     Slot("tracing", "tracing", "one server span"),
@@ -90,6 +88,8 @@ def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | Non
         raise ConfigurationError(
             f"harden() takes a FastAPI application, not {type(app).__name__}; on Starlette add the middlewares singly"
         )
+    if settings is not None and not isinstance(settings, Settings):
+        raise ConfigurationError(f"harden() takes Settings(...), not {type(settings).__name__}; its keys are arguments")
     if getattr(app.state, "hardening", None) is not None:
         raise ConfigurationError("harden() was called on this application before; its handle is app.state.hardening")
     if app.middleware_stack is not None:
@@ -107,13 +107,17 @@ def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | Non
     @asynccontextmanager
     async def hardened_lifespan(application: Any) -> AsyncIterator[Any]:
         handle.lifecycle.begin("lifespan")
-        with handle.lifecycle.on_sigterm():
+        # Without the drain layer nothing would tell clients, so the server is not kept waiting either.
+        drains = handle.settings.health.enabled
+        with handle.lifecycle.on_sigterm() if drains else nullcontext():
             async with lifespan(application) as state:
                 handle.lifecycle.finish("lifespan")
                 yield state
 
     app.build_middleware_stack = build_hardened_stack  # type: ignore[method-assign]
     app.router.lifespan_context = hardened_lifespan
+    for key in handle.settings.without_effect():
+        logger.warning("%s is set, but this concern is not built yet, so it has no effect", key)
     logger.info("hardened %s: %s", app.title, ", ".join(layer.name for layer in handle.pipeline if layer.state == "on"))
     return handle
 
@@ -142,14 +146,27 @@ def _adopting(handle: Hardening) -> Callable[[RouteTable], None]:
 def _probe_fields(handle: Hardening) -> Callable[[RawHeaders, Scope], RawHeaders]:
     """What every answer carries, for the probes, which are answered above the layers that would add it."""
     policy = HeaderPolicy(handle.settings.security_headers)
-    request_id = handle.settings.request_id
+    maker = _context_maker(handle)
 
     def fields(headers: RawHeaders, scope: Scope) -> RawHeaders:
-        if request_id.enabled:
-            headers.append((request_id.header.lower().encode("ascii"), request_id_for(scope, request_id).encode()))
-        return policy.apply(headers, tls=scope.get("scheme") == "https")
+        context = maker.make(scope)
+        if handle.settings.request_id.enabled:
+            headers.append((maker.header, context.request_id.encode("ascii")))
+        return policy.apply(headers, tls=context.secure)
 
     return fields
+
+
+def _context_maker(handle: Hardening) -> ContextMaker:
+    settings = handle.settings
+    return ContextMaker(
+        settings.request_id,
+        client_addresses=handle.client_addresses,
+        error_format=settings.errors.format,
+        events=handle.events,
+        clock=handle.clock,
+        hardened=True,
+    )
 
 
 class _StepAside:

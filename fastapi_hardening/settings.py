@@ -73,6 +73,13 @@ class AuthSettings(NotBuiltYet):
     default: Literal["optional", "required"] = "optional"
     """Whether a route that says nothing demands a caller who is known."""
 
+    @field_validator("default")
+    @classmethod
+    def _is_not_relied_on(cls, default: str) -> str:
+        if default == "required":
+            raise ValueError("authentication is not built yet (see the changelog), so nothing would be closed by this")
+        return default
+
 
 class RateLimitSettings(NotBuiltYet):
     """Rate limits; planned."""
@@ -270,6 +277,15 @@ class Settings(BaseSettings):
         if url is not None:
             raise ValueError("the shared store is not built yet (see the changelog); leave it out for now")
         return url
+
+    def without_effect(self) -> tuple[str, ...]:
+        """The keys that are set for concerns that are not built yet."""
+        return tuple(
+            f"{name}.{key}"
+            for name in type(self).model_fields
+            if isinstance(concern := getattr(self, name), NotBuiltYet)
+            for key in sorted(concern.model_fields_set - {"enabled"})
+        )
 
     def describe(self) -> tuple[SettingValue, ...]:
         """Every key with the value in effect and where it came from; secrets are masked."""

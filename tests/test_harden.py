@@ -1,5 +1,8 @@
 """One call: what it installs, where, and when it refuses."""
 
+import asyncio
+import logging
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -92,6 +95,8 @@ def test_it_refuses_what_it_cannot_harden() -> None:
     harden(app)
     with pytest.raises(ConfigurationError, match="its handle is"):
         harden(app)
+    with pytest.raises(ConfigurationError, match="takes Settings"):
+        harden(FastAPI(), {"environment": "development"})  # type: ignore[arg-type]
     served = FastAPI()
     TestClient(served).get("/")
     with pytest.raises(ConfigurationError, match="call it where it is made"):
@@ -102,6 +107,29 @@ def test_without_settings_they_come_from_the_environment(monkeypatch: pytest.Mon
     """So that a deployment needs no code."""
     monkeypatch.setenv("HARDENING_SERVICE_NAME", "till")
     assert harden(FastAPI()).service_name == "till"
+
+
+def test_a_key_that_has_no_effect_yet_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its name is accepted from the first day, but nobody should rely on it."""
+    monkeypatch.setenv("HARDENING_TRACING__ENGINE", "native")
+    with caplog.at_level(logging.WARNING):
+        harden(FastAPI())
+    assert "tracing.engine is set" in caplog.text
+
+
+def test_without_health_nothing_waits_for_sigterm() -> None:
+    """The drain layer is off with it, so clients would not be told."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    async def lifespan(enabled: bool) -> bool:
+        app = FastAPI()
+        harden(app, Settings(health={"enabled": enabled}))
+        async with app.router.lifespan_context(app):
+            return signal.getsignal(signal.SIGTERM) is not before
+
+    assert [asyncio.run(lifespan(enabled)) for enabled in (True, False)] == [True, False]
 
 
 def test_routes_are_listed_with_what_holds_on_each() -> None:
@@ -184,6 +212,11 @@ def test_a_probe_carries_what_every_answer_carries() -> None:
     app = FastAPI()
     harden(app)
     headers = TestClient(app, base_url="https://test").get("/livez", headers={"X-Request-ID": "mine"}).headers
+    behind = FastAPI()
+    harden(behind, Settings(trusted_proxies=["10.0.0.1"])).lifecycle.drain()
+    proxied = TestClient(behind, client=("10.0.0.1", 1)).get("/livez", headers={"X-Forwarded-Proto": "https"}).headers
+    assert "strict-transport-security" in proxied
+    assert proxied["connection"] == "close"
     assert headers["x-request-id"] == "mine"
     assert headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
     assert "strict-transport-security" in headers

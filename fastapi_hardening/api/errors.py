@@ -18,7 +18,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.exception_handlers import http_exception_handler as fastapis_http_exception_handler
@@ -35,10 +35,12 @@ from fastapi_hardening.core.problem import (
     OWN,
     Problem,
     ProblemResponse,
+    call_handler,
     is_framework_handler,
     phrase,
     refuse,
     render,
+    users_handler,
 )
 
 logger = logging.getLogger("fastapi_hardening.errors")
@@ -179,14 +181,32 @@ async def websocket_validation_exception_handler(
     await refuse(problem, websocket.scope, websocket.receive, websocket.send, layer="errors")
 
 
-async def exception_handler(request: Request, _exception: Exception) -> ProblemResponse:
-    """Answers an exception that nobody handles, and says nothing about it."""
-    return ProblemResponse(InternalError(), request_context.of(request.scope))
+async def exception_handler(request: Request, exception: Exception) -> ASGIApp:
+    """Answers an exception that nobody handles, and says nothing about it.
+
+    A middleware of the application may raise an ``HTTPException`` where Starlette's handlers do not see it; it gets the
+    answer that an endpoint's would.
+    """
+    return await _unhandled(request, exception, InternalError())
 
 
-async def telling_exception_handler(request: Request, exception: Exception) -> ProblemResponse:
+async def telling_exception_handler(request: Request, exception: Exception) -> ASGIApp:
     """Answers an exception that nobody handles with its traceback; for development."""
-    return ProblemResponse(_telling(exception), request_context.of(request.scope))
+    return await _unhandled(request, exception, _telling(exception))
+
+
+async def _unhandled(request: Request, exception: Exception, problem: InternalError) -> ASGIApp:
+    if not is_answer(exception):
+        return ProblemResponse(problem, request_context.of(request.scope))
+    handler = users_handler(request.scope, exception)
+    if handler is not None:
+        return await call_handler(handler, request, exception)
+    return ProblemResponse(problem_of(exception), request_context.of(request.scope))
+
+
+def is_answer(exception: Exception) -> TypeGuard[HTTPException]:
+    """Whether an exception is meant as an error answer, not an accident."""
+    return isinstance(exception, HTTPException) and 400 <= exception.status_code <= 599  # noqa: PLR2004
 
 
 def _telling(exception: Exception) -> InternalError:
@@ -203,6 +223,9 @@ def install(app: Any, settings: ErrorsSettings) -> None:
         app: A FastAPI or Starlette application.
         settings: The format, and whether a 500 tells more.
     """
+    if app.debug and not settings.details:
+        app.debug = False
+        logger.warning("debug=True would answer tracebacks to everybody; it is off unless errors.details is on")
     handlers = app.exception_handlers
     if 500 not in handlers and Exception not in handlers:  # noqa: PLR2004 - the other name of the same handler
         handlers[Exception] = telling_exception_handler if settings.details else exception_handler
@@ -241,32 +264,18 @@ class ErrorsMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        started = False
-        replacement: bytes | None = None
-
-        async def send_problem(message: Message) -> None:
-            nonlocal started, replacement
-            kind = message["type"]
-            if kind == "http.response.start":
-                started = True
-                if message["status"] == 413 and self._normalises and _is_starlettes(message):  # noqa: PLR2004
-                    problem = Problem("The request body is larger than this route takes.", status=413)
-                    message["headers"], replacement = render(problem, request_context.of(scope))
-            elif replacement is not None and kind == "http.response.body":
-                message["body"], replacement = replacement, b""
-            elif kind.startswith("websocket."):
-                started = True
-            await send(message)
-
+        outgoing = _Outgoing(scope, send, normalises=self._normalises)
         try:
-            await self.app(scope, receive, send_problem)
+            await self.app(scope, receive, outgoing.send)
         except Exception as exception:
             if type(exception).__module__ == _BODY_LIMIT:
                 raise
-            self._tell(exception, scope)
-            await self._answer(exception, scope, receive, send, started=started)
-            if self._settings.reraise:
-                raise
+            if not outgoing.started:
+                await self._answer(exception, scope, receive, send)
+            if not is_answer(exception):
+                self._tell(exception, scope)
+                if self._settings.reraise:
+                    raise
 
     def _tell(self, exception: Exception, scope: Scope) -> None:
         context = request_context.ensure(scope)
@@ -283,16 +292,49 @@ class ErrorsMiddleware:
             exc_info=None if self._settings.reraise else exception,
         )
 
-    async def _answer(self, exception: Exception, scope: Scope, receive: Receive, send: Send, *, started: bool) -> None:
-        if started:
+    async def _answer(self, exception: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+        handler = _handler_of_the_application(exception, scope)
+        if handler is not None:
+            response = await call_handler(handler, Request(scope, receive), exception)
+            await response(scope, receive, send)
             return
-        if isinstance(exception, HTTPException) and exception.status_code >= 400:  # noqa: PLR2004
-            problem = problem_of(exception)
-        elif self._settings.details:
-            problem = _telling(exception)
-        else:
-            problem = InternalError()
+        unhandled: Problem = _telling(exception) if self._settings.details else InternalError()
+        problem = problem_of(exception) if is_answer(exception) else unhandled
         await refuse(problem, scope, receive, send, layer="errors")
+
+
+class _Outgoing:
+    """What has been sent of an answer, and the 413 of Starlette's body limit replaced by a problem."""
+
+    __slots__ = ("_normalises", "_replacement", "_scope", "_send", "started")
+
+    def __init__(self, scope: Scope, send: Send, *, normalises: bool) -> None:
+        self.started = False
+        self._scope = scope
+        self._send = send
+        self._normalises = normalises
+        self._replacement: bytes | None = None
+
+    async def send(self, message: Message) -> None:
+        self.started = True
+        kind = message["type"]
+        if kind == "http.response.start":
+            if message["status"] == 413 and self._normalises and _is_starlettes(message):  # noqa: PLR2004
+                problem = Problem("The request body is larger than this route takes.", status=413)
+                message["headers"], self._replacement = render(problem, request_context.of(self._scope))
+        elif kind == "http.response.body" and self._replacement is not None:
+            message["body"], self._replacement = self._replacement, b""
+        await self._send(message)
+
+
+def _handler_of_the_application(exception: Exception, scope: Scope) -> Any:
+    if scope["type"] != "http":
+        return None
+    if is_answer(exception):
+        return users_handler(scope, exception)
+    handlers = getattr(scope.get("app"), "exception_handlers", {})
+    handler = handlers.get(500) or handlers.get(Exception)
+    return None if handler is None or is_framework_handler(handler) else handler
 
 
 # Where this layer is used alone it sits inside Starlette's body limit, whose signals pass through it.

@@ -3,8 +3,7 @@
 A forwarding header is a claim of whoever sent it. It is believed only when the socket's peer is a proxy that was
 named in ``trusted_proxies``, and then read from the right, where the nearest proxy wrote, past every further trusted
 proxy, to the first address that is not one. Nothing further left counts: the client could have written it. There is
-no default
-strategy: without ``trusted_proxies`` the peer itself is the client.
+no default strategy: without ``trusted_proxies`` the peer itself is the client.
 
 Running behind uvicorn's own ``proxy_headers`` does no harm: the peer is then already the client, which is not a trusted
 proxy, so nothing is read twice.

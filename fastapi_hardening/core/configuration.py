@@ -99,7 +99,7 @@ def from_json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"is not JSON, though it starts like it ({error})") from None
+        raise ValueError(f"is not JSON ({error}); single keys can be set one by one") from None
 
 
 def _containers(annotation: Any) -> Iterable[type]:

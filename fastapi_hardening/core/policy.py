@@ -37,6 +37,10 @@ class Override(params.Depends):
         # The bound method is what FastAPI calls and what the route table recognises.
         super().__init__(dependency=self.after_routing, use_cache=False)
 
+    def __repr__(self) -> str:
+        own = {name: value for name, value in vars(self).items() if name not in self.__dataclass_fields__}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in own.items())})"
+
     async def after_routing(self, connection: HTTPConnection) -> None:
         """Acts where the layer has not, if this override is one that counts on the route."""
         handled = getattr(request_context.of(connection.scope), "state", {}).get(type(self))

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from fastapi import HTTPException, Request
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_hardening.core import context as request_context
@@ -180,16 +181,17 @@ async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send, *
     handler = users_handler(scope, problem) if scope["type"] == "http" else None
     if handler is not None:
         try:
-            response = await _call(handler, Request(scope, receive), problem)
+            response = await call_handler(handler, Request(scope, receive), problem)
         except Exception:
             logger.exception("the application's handler for %s failed", problem.status_code)
     await response(scope, receive, send)
 
 
-async def _call(handler: Any, request: Request, problem: Problem) -> ASGIApp:
+async def call_handler(handler: Any, request: Request, exception: Exception) -> ASGIApp:
+    """Has an exception handler of the application answer, in a thread if it is not async."""
     is_async = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
     response: ASGIApp = (
-        await handler(request, problem) if is_async else await run_in_threadpool(handler, request, problem)
+        await handler(request, exception) if is_async else await run_in_threadpool(handler, request, exception)
     )
     return response
 
@@ -224,7 +226,7 @@ def tell(problem: Problem, context: RequestContext, layer: str) -> None:
         context.events.emit(event)
 
 
-def users_handler(scope: Scope, problem: Problem) -> Any:
+def users_handler(scope: Scope, problem: StarletteHTTPException) -> Any:
     """The handler that the application's author registered for this status or type; never FastAPI's or ours."""
     handlers: Mapping[Any, Any] = getattr(scope.get("app"), "exception_handlers", {})
     for key in (problem.status_code, *type(problem).__mro__):

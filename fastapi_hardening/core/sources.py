@@ -103,12 +103,15 @@ def _leaves(
         try:
             value = from_text(model, name, given)
             inner = _model_in(field.annotation)
-            if inner is None:
+            if inner is None and not isinstance(value, Mapping):
                 yield path, value
                 continue
             value = from_json(value) if isinstance(value, str) else value
         except ValueError as error:
             problems.append(f"{'.'.join(path)}: {error} (from {source})")
+            continue
+        if inner is None:
+            problems.append(f"{'.'.join(path)}: has no keys of its own (from {source})")
             continue
         if isinstance(value, BaseModel):
             value = {name: getattr(value, name) for name in value.model_fields_set}

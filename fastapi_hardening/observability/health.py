@@ -224,7 +224,8 @@ class Health:
         record.fresh_until = now + (self._settings.ttl_seconds if check.ttl_seconds is None else check.ttl_seconds)
         if status != before and not (before is None and status == "pass"):
             level = logging.INFO if status == "pass" else logging.WARNING
-            logger.log(level, "health check %s: %s, was %s (%s)", check.name, status, before or "new", result.output)
+            was = f"was {before}" if before else "at its first run"
+            logger.log(level, "health check %s: %s, %s (%s)", check.name, status, was, result.output or "no output")
             if self._events is not None:
                 self._events.emit(HealthChanged(check.name, before, status, result.output))
         return record.observation
@@ -342,6 +343,8 @@ class HealthMiddleware:
         if status != 200:  # noqa: PLR2004
             after = retry_after(self._settings.retry_after_seconds)["Retry-After"]
             headers.append((b"retry-after", after.encode("ascii")))
+        if self._lifecycle.draining and scope.get("http_version", "1.1").startswith("1"):
+            headers.append((b"connection", b"close"))
         if self._fields is not None:
             headers = self._fields(headers, scope)
         await send({"type": "http.response.start", "status": status, "headers": headers})

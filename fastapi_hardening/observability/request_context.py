@@ -1,8 +1,8 @@
 """Gives every request an id, and everything that answers or logs it the same one.
 
 It protects from answers that nobody can find in the logs: the id is on every answer, the 500 page and the 404 included,
-in every problem document and every log record. It is *not* a trace: one request that calls three services has one trace
-id and may have four request ids; ``traceparent`` is kept for tracing.
+in every problem document and every record that the suite logs. It is *not* a trace: one request that calls three
+services has one trace id and may have four request ids; ``traceparent`` is kept for tracing.
 
 It sits outermost, right below the probes, because whatever answers further in needs it. An incoming ``X-Request-ID`` is
 kept only if it is well-formed: 1 to 128 letters, digits, ``.``, ``_`` or ``-``, once. Anything else could forge log
@@ -32,7 +32,7 @@ from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings
 from fastapi_hardening.core.context import SCOPE_KEY, RequestContext, new_request_id
 from fastapi_hardening.core.events import Events
-from fastapi_hardening.core.headers import field, get_all, replace
+from fastapi_hardening.core.headers import field, replace
 from fastapi_hardening.core.routes import route_of
 
 # What starts an answer, on HTTP and on websockets.
@@ -62,22 +62,10 @@ def well_formed(request_id: bytes) -> bool:
     return 0 < len(request_id) <= _MAX_LENGTH and not request_id.translate(None, _ALLOWED)
 
 
-def request_id_for(scope: Scope, settings: RequestIdSettings) -> str:
-    """The id of a request that is answered above the layer: the incoming one if it may be kept, else a fresh one."""
-    incoming = get_all(scope["headers"], settings.header.lower().encode("ascii"))
-    return kept(incoming[0] if len(incoming) == 1 else b"", trust=settings.trust_incoming) or new_request_id()
-
-
-def kept(incoming: bytes | None, *, trust: bool) -> str | None:
-    """The incoming id if it is kept."""
-    return incoming.decode("ascii") if incoming and trust and well_formed(incoming) else None
-
-
-class RequestContextMiddleware:
-    """Makes the context of each request, and puts its id on every answer.
+class ContextMaker:
+    """Makes the context of a request by one pass over its header fields.
 
     Args:
-        app: The application inside.
         settings: The request id's settings.
         client_addresses: Finds the client's address; by default the socket's peer is the client.
         error_format: The format of error answers, for every layer further in.
@@ -88,8 +76,7 @@ class RequestContextMiddleware:
 
     def __init__(
         self,
-        app: ASGIApp,
-        settings: RequestIdSettings | None = None,
+        settings: RequestIdSettings,
         *,
         client_addresses: ClientAddressResolver | None = None,
         error_format: Literal["problem", "fastapi"] = "problem",
@@ -97,42 +84,17 @@ class RequestContextMiddleware:
         clock: Clock | None = None,
         hardened: bool = False,
     ) -> None:
-        settings = settings or RequestIdSettings()
-        self.app = app
-        self.enabled = settings.enabled
-        self._header = settings.header.lower().encode("ascii")
-        self._wanted = frozenset({self._header, b"traceparent", b"x-forwarded-proto"})
+        self.header = settings.header.lower().encode("ascii")
         self._trust = settings.trust_incoming
         self._addresses = client_addresses or ClientAddressResolver()
-        self._wanted |= {self._addresses.header}
+        self._wanted = frozenset({self.header, b"traceparent", b"x-forwarded-proto", self._addresses.header})
         self._error_format: Literal["problem", "fastapi"] = error_format
         self._events = events
         self._now = (clock or SystemClock()).monotonic
         self._hardened = hardened
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one connection."""
-        if scope["type"] not in ("http", "websocket") or SCOPE_KEY in scope:
-            await self.app(scope, receive, send)
-            return
-        context = scope[SCOPE_KEY] = self._context(scope)
-        route_of(scope)
-        header, value = self._header, context.request_id.encode("ascii")
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] in _STARTS:
-                headers = message["headers"] = list(message.get("headers") or ())
-                replace(headers, header, value)
-            await send(message)
-
-        token = request_context.enter(context)
-        try:
-            await self.app(scope, receive, send_with_id if self.enabled else send)
-        finally:
-            request_context.leave(token)
-
-    def _context(self, scope: Scope) -> RequestContext:
-        """One pass over the header fields for everything that the context needs of them."""
+    def make(self, scope: Scope) -> RequestContext:
+        """The context of one connection; it is not yet put into the scope."""
         addresses = self._addresses
         incoming: bytes | None = None
         traceparent: bytes | None = None
@@ -141,17 +103,19 @@ class RequestContextMiddleware:
         for name, value in scope["headers"]:
             if name not in self._wanted:
                 continue
-            if name == self._header:
+            if name == self.header:
+                # A second one would leave it to the client which of them is logged.
                 incoming = value if incoming is None else b""
             elif name == b"traceparent":
                 traceparent = value
             elif name == addresses.header:
                 forwarded.append(value)
-            elif name == b"x-forwarded-proto":
+            else:
                 proto = value
         peer = peer_of(scope.get("client"), scope.get("server"))
+        kept = incoming.decode("ascii") if incoming and self._trust and well_formed(incoming) else None
         return RequestContext(
-            kept(incoming, trust=self._trust) or new_request_id(),
+            kept or new_request_id(),
             addresses.resolve(peer, forwarded),
             self._now(),
             secure=scope.get("scheme") in ("https", "wss") or (proto == b"https" and addresses.trusts(peer)),
@@ -162,10 +126,58 @@ class RequestContextMiddleware:
         )
 
 
+class RequestContextMiddleware:
+    """Makes the context of each request, and puts its id on every answer.
+
+    Args:
+        app: The application inside.
+        settings: The request id's settings.
+        maker: Makes the contexts; by default one with these settings and no collaborators.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: RequestIdSettings | None = None, *, maker: ContextMaker | None = None
+    ) -> None:
+        settings = settings or RequestIdSettings()
+        self.app = app
+        self._maker = maker or ContextMaker(settings)
+        self._answers_with_id = settings.enabled
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one connection."""
+        if scope["type"] not in ("http", "websocket") or SCOPE_KEY in scope:
+            await self.app(scope, receive, send)
+            return
+        context = scope[SCOPE_KEY] = self._maker.make(scope)
+        route_of(scope)
+        header, value = self._maker.header, context.request_id.encode("ascii")
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] in _STARTS:
+                headers = message["headers"] = list(message.get("headers") or ())
+                replace(headers, header, value)
+            await send(message)
+
+        token = request_context.enter(context)
+        try:
+            await self.app(scope, receive, send_with_id if self._answers_with_id else send)
+        finally:
+            request_context.leave(token)
+
+
 def request_id_of(connection: HTTPConnection) -> str:
     """The id of this request; made now where no layer of ours is around."""
     return request_context.ensure(connection.scope).request_id
 
 
+def context_of(connection: HTTPConnection) -> RequestContext:
+    """The context of this request; made now where no layer of ours is around."""
+    return request_context.ensure(connection.scope)
+
+
 RequestId = Annotated[str, Depends(request_id_of)]
 """The request's id as a parameter: ``async def endpoint(request_id: RequestId)``."""
+
+CurrentRequest = Annotated[RequestContext, Depends(context_of)]
+"""What is known of the request, as a parameter: ``async def endpoint(current: CurrentRequest)``, its client's address,
+say, as ``current.client.address``."""

@@ -292,6 +292,10 @@ def _build(settings: SecurityHeadersSettings, *, html: bool, tls: bool) -> Heade
     return HeaderSet(fields, frozenset(n for n, _ in fields), any(b"{nonce}" in value for _, value in fields))
 
 
+# Browsers ignore these in a policy that only reports, and say so on the console of every page.
+_ENFORCED_ONLY = ("upgrade-insecure-requests", "sandbox")
+
+
 def _csp(name: str, text: str) -> secure.ContentSecurityPolicy:
     """A policy taken apart and put together again, so that a misspelt directive is found here and not by nobody."""
     policy = secure.ContentSecurityPolicy()
@@ -299,6 +303,8 @@ def _csp(name: str, text: str) -> secure.ContentSecurityPolicy:
         if not part.strip():
             continue
         directive, *sources = part.split()
+        if directive in _ENFORCED_ONLY and name.endswith("report_only"):
+            continue
         if directive not in _DIRECTIVES.split():
             raise ValueError(
                 f"{name}: {directive!r} is not a CSP directive{did_you_mean(directive, _DIRECTIVES.split())}"
@@ -419,7 +425,9 @@ class SecurityHeaders(Override):
         if SecurityHeadersMiddleware not in request_context.ensure(connection.scope).state:
             settings = SecurityHeadersSettings(**_ABSENT | self.changes)
             tls = request_context.ensure(connection.scope).secure
-            for name, value in _build(settings, html=False, tls=tls).fields:
+            # What kind of answer it will be is not known here, so the policies of both are set where they are named.
+            fields = _build(settings, html=False, tls=tls).fields + _build(settings, html=True, tls=tls).fields
+            for name, value in fields:
                 response.headers[name.decode("ascii")] = value.decode("ascii")
 
     async def act_late(self, connection: HTTPConnection) -> None:

@@ -22,14 +22,15 @@ from fastapi_hardening import Problem
 from fastapi_hardening.api.errors import ErrorsMiddleware, ErrorsSettings, ExceptionUnhandled, install
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.events import Events
-from fastapi_hardening.observability.request_context import RequestContextMiddleware
+from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware, RequestIdSettings
 
 
 def with_errors(app: Any = None, *, events: Events | None = None, **changes: Any) -> FastAPI:
     app = app or FastAPI()
     settings = ErrorsSettings(**changes)
     app.add_middleware(ErrorsMiddleware, settings=settings)
-    app.add_middleware(RequestContextMiddleware, events=events, error_format=settings.format)
+    maker = ContextMaker(RequestIdSettings(), events=events, error_format=settings.format)
+    app.add_middleware(RequestContextMiddleware, maker=maker)
     install(app, settings)
     made: FastAPI = app
     return made
@@ -294,16 +295,56 @@ class Raises:
         (RuntimeError("s3cr3t"), True, 500, "RuntimeError: s3cr3t"),
         (HTTPException(403, "Not you."), False, 403, "Not you."),
         (HTTPException(304), False, 500, None),
+        (Problem("Tea only.", status=418), True, 418, "Tea only."),
     ],
 )
 def test_what_a_middleware_raises_becomes_a_problem(
     error: Exception, details: bool, status: int, detail: str | None
 ) -> None:
-    """Starlette's handlers do not see it."""
+    """Starlette's handlers do not see it; with the layer around the application or among its middlewares."""
+    for around in (True, False):
+        app = FastAPI()
+        app.add_middleware(Raises, error=error)
+        settings = ErrorsSettings(details=details)
+        if around:
+            install(app, settings)
+        answer = client_of(ErrorsMiddleware(app, settings) if around else with_errors(app, details=details)).get("/")
+        assert (answer.status_code, answer.json().get("detail")) == (status, detail)
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_a_handler_of_the_application_answers_for_its_middlewares_too(around: bool) -> None:
+    """By status, and for whatever is not handled; as it does for endpoints."""
+
+    async def mine(request: Request, error: Exception) -> PlainTextResponse:
+        return PlainTextResponse(f"mine: {error!r}", status_code=418)
+
+    for key, error in ((403, HTTPException(403)), (Exception, RuntimeError("no")), (500, RuntimeError("no"))):
+        app = FastAPI()
+        app.add_exception_handler(key, mine)
+        app.add_middleware(Raises, error=error)
+        if around:
+            install(app, ErrorsSettings())
+        answer = client_of(ErrorsMiddleware(app) if around else with_errors(app)).get("/")
+        assert (answer.status_code, answer.text) == (418, f"mine: {error!r}")
+
+
+def test_an_answer_that_a_middleware_raises_is_no_accident(caplog: pytest.LogCaptureFixture) -> None:
+    """It neither reaches the server nor the error log."""
     app = FastAPI()
-    app.add_middleware(Raises, error=error)
-    answer = client_of(with_errors(app, details=details)).get("/")
-    assert (answer.status_code, answer.json().get("detail")) == (status, detail)
+    app.add_middleware(Raises, error=HTTPException(403))
+    with caplog.at_level(logging.ERROR):
+        assert TestClient(with_errors(app)).get("/").status_code == 403
+    assert caplog.records == []
+
+
+def test_debug_pages_are_for_development() -> None:
+    """``FastAPI(debug=True)`` left on would show the traceback to everybody."""
+    for details in (True, False):
+        app = FastAPI(debug=True)
+        app.add_api_route("/", failing_endpoint)
+        install(app, ErrorsSettings(details=details))
+        assert ("s3cr3t" in client_of(app).get("/").text) is details
 
 
 def test_a_websocket_before_accept_is_refused_and_after_it_closed_by_the_server() -> None:

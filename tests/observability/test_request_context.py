@@ -13,14 +13,14 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from fastapi_hardening import RequestId
+from fastapi_hardening import CurrentRequest, RequestId
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.client_ip import ClientAddressResolver
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.observability.request_context import (
+    ContextMaker,
     RequestContextMiddleware,
     RequestIdSettings,
-    request_id_for,
     well_formed,
 )
 
@@ -138,7 +138,7 @@ def seen(scope: dict[str, Any], **collaborators: Any) -> request_context.Request
         assert context is not None
         found.append(context)
 
-    layer = RequestContextMiddleware(app, **collaborators)
+    layer = RequestContextMiddleware(app, maker=ContextMaker(RequestIdSettings(), **collaborators))
     whole = {"type": "http", "method": "GET", "path": "/", "headers": []} | scope
 
     async def run() -> None:
@@ -202,8 +202,18 @@ def test_the_current_context_ends_with_the_request_also_when_it_fails() -> None:
 
 def test_the_id_of_a_probe_follows_the_same_rules() -> None:
     """It is answered above the layer."""
-    settings = RequestIdSettings()
-    assert request_id_for({"headers": [(b"x-request-id", b"mine")]}, settings) == "mine"
-    assert request_id_for({"headers": [(b"x-request-id", b"a b")]}, settings) != "a b"
-    twice = {"headers": [(b"x-request-id", b"a"), (b"x-request-id", b"b")]}
-    assert len(request_id_for(twice, settings)) == 32
+    maker = ContextMaker(RequestIdSettings())
+    assert maker.make({"headers": [(b"x-request-id", b"mine")]}).request_id == "mine"
+    assert maker.make({"headers": [(b"x-request-id", b"a b")]}).request_id != "a b"
+
+
+def test_an_endpoint_may_ask_for_all_that_is_known() -> None:
+    """Such as the address that limits and logs go by."""
+    app = hardened()
+
+    @app.get("/who")
+    async def who(current: CurrentRequest) -> list[str]:
+        return [current.client.address, current.request_id]
+
+    answer = TestClient(app).get("/who")
+    assert answer.json() == ["testclient", answer.headers["x-request-id"]]

@@ -76,6 +76,13 @@ def test_what_is_not_html_gets_the_strictest_policy(headers: list[tuple[bytes, b
     assert "content-security-policy-report-only" not in fields
 
 
+def test_what_browsers_ignore_in_a_report_is_not_in_it() -> None:
+    """They would say so on the console of every page."""
+    fields = applied(HTML, content_security_policy=STRICT_CSP)
+    assert "upgrade-insecure-requests" in fields["content-security-policy"]
+    assert "upgrade-insecure-requests" not in fields["content-security-policy-report-only"]
+
+
 def test_hsts_is_for_tls_only() -> None:
     """RFC 6797, section 7.2."""
     assert "strict-transport-security" not in applied(JSON)
@@ -307,8 +314,10 @@ def test_without_the_layer_an_override_sets_what_it_names() -> None:
     app.get("/", dependencies=[SecurityHeaders(cache_control="no-store", strict_transport_security="max-age=1")])(
         _index
     )
+    app.get("/page", dependencies=[SecurityHeaders(content_security_policy="img-src 'self'")])(_index)
     headers = TestClient(app).get("/").headers
     assert headers["cache-control"] == "no-store"
+    assert TestClient(app).get("/page").headers["content-security-policy"] == "img-src 'self'"
     assert "strict-transport-security" not in headers
     assert "x-content-type-options" not in headers
 

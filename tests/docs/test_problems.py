@@ -1,0 +1,125 @@
+"""The page of problems tells what a client really gets."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from pydantic import BaseModel, Field
+
+from fastapi_hardening import Hardening, Problem, Settings, harden
+from fastapi_hardening.core.clock import ManualClock
+from fastapi_hardening.core.problem import OWN
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+SECTION = re.compile(r"^## [^\n]*\{ #(?P<anchor>[\w-]+) \}$(?P<text>.*?)(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+EXAMPLE = re.compile(r"^```json\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def text(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def example(markdown: str) -> dict[str, Any]:
+    """The first JSON document in a piece of a page."""
+    found = EXAMPLE.search(markdown)
+    assert found is not None
+    document: dict[str, Any] = json.loads(found[1])
+    return document
+
+
+SECTIONS = {section["anchor"]: section["text"] for section in SECTION.finditer(text("problems.md"))}
+
+
+class Line(BaseModel):
+    quantity: Annotated[int, Field(ge=1)]
+
+
+class Order(BaseModel):
+    lines: list[Line]
+
+
+CLOCK = ManualClock()
+
+
+@pytest.fixture
+def client() -> Iterator[TestClient]:
+    """Gives a client of a hardened application in which everything can go wrong."""
+    app = FastAPI()
+
+    @app.post("/orders")
+    async def place(order: Order) -> None: ...
+
+    @app.get("/api/products/{product_id}")
+    async def product(product_id: int) -> None: ...
+
+    @app.get("/boom")
+    async def boom() -> None:
+        raise RuntimeError("nobody's business")
+
+    harden(app, Settings(_env_file=None), clock=CLOCK)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def past_the_deadline(client: TestClient) -> httpx2.Response:
+    app = client.app
+    assert isinstance(app, FastAPI)
+    handle: Hardening = app.state.hardening
+    handle.lifecycle.drain()
+    CLOCK.advance(handle.settings.health.drain_deadline_seconds)
+    return client.get("/boom")
+
+
+CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
+    "about-blank": lambda client: client.get("/no-such-page"),
+    "validation-failed": lambda client: client.post("/orders", json={"lines": [{"quantity": 0}]}),
+    "internal-error": lambda client: client.get("/boom"),
+    "temporary-reduced-capacity": past_the_deadline,
+}
+
+
+@pytest.mark.parametrize("anchor", SECTIONS)
+def test_example_is_what_the_package_answers(anchor: str, client: TestClient) -> None:
+    """The example of a problem is the answer of the package, but for the id."""
+    answer = CASES[anchor](client)
+    document = example(SECTIONS[anchor])
+    assert document["request_id"] != answer.json()["request_id"]
+    assert document | {"request_id": answer.headers["x-request-id"]} == answer.json()
+    assert document["status"] == answer.status_code
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert f"`{document['type']}`" in SECTIONS[anchor]
+
+
+def test_example_of_the_tutorial_is_what_the_package_answers(client: TestClient) -> None:
+    """The document in the tutorial is the answer of the package, but for the id."""
+    answer = client.get("/api/products/one")
+    assert example(text("tutorial.md")) | {"request_id": answer.headers["x-request-id"]} == answer.json()
+
+
+def _kinds(base: type[Problem]) -> Iterator[type[Problem]]:
+    for kind in base.__subclasses__():
+        if kind.__module__.startswith("fastapi_hardening."):
+            yield kind
+            yield from _kinds(kind)
+
+
+@pytest.mark.parametrize("kind", list(_kinds(Problem)), ids=lambda kind: kind.__name__)
+def test_type_of_every_problem_leads_to_its_section(kind: type[Problem]) -> None:
+    """The fragment of a type's URI is the anchor of a section, and a type of our own is an address of the page."""
+    anchor = kind.type.rpartition("#")[2] if "#" in kind.type else "about-blank"
+    assert anchor in SECTIONS
+    if kind.__module__.startswith("fastapi_hardening.api"):
+        assert kind.type == OWN + anchor
+
+
+def test_addresses_of_our_types_are_addresses_of_the_site() -> None:
+    """A type of our own is a page of the site, as mkdocs.yml says where that is."""
+    site = re.search(r"^site_url: (\S+)$", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert site is not None
+    assert f"{site[1]}problems/#" == OWN
