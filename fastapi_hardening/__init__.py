@@ -13,6 +13,7 @@ from fastapi_hardening.core.problem import Problem
 from fastapi_hardening.handle import Hardening
 from fastapi_hardening.harden import harden
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
+from fastapi_hardening.security.rate_limit import RateLimit
 from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders
 from fastapi_hardening.settings import Settings
 
@@ -23,6 +24,7 @@ __all__ = [
     "CurrentRequest",
     "Hardening",
     "Problem",
+    "RateLimit",
     "RequestId",
     "SecurityHeaders",
     "Settings",

@@ -28,6 +28,8 @@ from fastapi_hardening.handle import Hardening, Slot
 from fastapi_hardening.observability.health import HealthMiddleware
 from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
+from fastapi_hardening.security.address_limit import AddressLimitMiddleware
+from fastapi_hardening.security.rate_limit import RateLimitMiddleware
 from fastapi_hardening.security.security_headers import HeaderPolicy, SecurityHeadersMiddleware
 from fastapi_hardening.settings import Settings
 
@@ -55,11 +57,13 @@ INBOUND: tuple[Slot, ...] = (
              app, lifecycle=h.lifecycle, retry_after_seconds=h.settings.health.retry_after_seconds)),
     Slot("load shedding", "load_shedding", "503 while overloaded"),
     Slot("request limits", "request_limits", "line, header fields, host, path, and the body as it is read"),
-    Slot("address limit", "address_limit", "flood guard by client address, without I/O"),
+    Slot("address limit", "address_limit", "flood guard by client address, without I/O",
+         lambda h, app: AddressLimitMiddleware(app, h.settings.address_limit, clock=h.clock)),
     Slot("version", "versioning", "which version of the API is asked for"),
     Slot("authentication", "auth", "who calls, and whether the route lets them"),
     Slot("tenancy", "tenancy", "whose data it is about"),
-    Slot("rate limit", "rate_limit", "limits by identity, plan, tenant and route"),
+    Slot("rate limit", "rate_limit", "limits by client and route; by identity, plan and tenant once they are known",
+         lambda h, app: RateLimitMiddleware(app, h.settings.rate_limit, clock=h.clock)),
     Slot("input validation", "input_validation", "inspects content"),
     Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
     Slot("compression", "compression", "compresses answers"),

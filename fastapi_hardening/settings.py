@@ -24,6 +24,8 @@ from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationE
 from fastapi_hardening.core.sources import Key, Profiles, gather, sentence
 from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
+from fastapi_hardening.security.address_limit import AddressLimitSettings
+from fastapi_hardening.security.rate_limit import RateLimitSettings
 from fastapi_hardening.security.security_headers import SecurityHeadersSettings
 
 
@@ -79,16 +81,6 @@ class AuthSettings(NotBuiltYet):
         if default == "required":
             raise ValueError("authentication is not built yet (see the changelog), so nothing would be closed by this")
         return default
-
-
-class RateLimitSettings(NotBuiltYet):
-    """Rate limits; planned."""
-
-    default: str | tuple[str, ...] = "600/minute"
-    """What holds where no route says otherwise."""
-
-    strategy: Literal["token-bucket", "fixed-window", "sliding-window"] = "token-bucket"
-    """How requests are counted."""
 
 
 class InputValidationSettings(NotBuiltYet):
@@ -198,8 +190,8 @@ class Settings(BaseSettings):
     request_limits: RequestLimitsSettings = RequestLimitsSettings()
     """Limits on the request itself; planned."""
 
-    address_limit: NotBuiltYet = NotBuiltYet()
-    """The flood guard by address; planned."""
+    address_limit: AddressLimitSettings = AddressLimitSettings()
+    """The flood guard by address."""
 
     versioning: NotBuiltYet = NotBuiltYet()
     """API versions; planned."""
@@ -211,7 +203,7 @@ class Settings(BaseSettings):
     """Tenants; planned."""
 
     rate_limit: RateLimitSettings = RateLimitSettings()
-    """Rate limits; planned."""
+    """Rate limits."""
 
     input_validation: InputValidationSettings = InputValidationSettings()
     """Inspection of content; planned."""

@@ -60,16 +60,28 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "SecurityHeadersMiddleware",
         "ErrorsMiddleware",
         "DrainMiddleware",
+        "AddressLimitMiddleware",
+        "RateLimitMiddleware",
     ]
     on = [layer.name for layer in handle.pipeline if layer.state == "on"]
-    assert on == ["probes", "request context", "security headers", "errors", "drain"]
+    assert on == [
+        "probes",
+        "request context",
+        "security headers",
+        "errors",
+        "drain",
+        "address limit",
+        "rate limit",
+    ]
 
 
 def test_what_is_switched_off_is_not_there() -> None:
     """Not a layer that does nothing; but the context, which others need, only loses its field."""
     app = FastAPI()
     off = {"enabled": False}
-    handle = harden(app, Settings(health=off, security_headers=off, errors=off, request_id=off))
+    handle = harden(
+        app, Settings(health=off, security_headers=off, errors=off, request_id=off, address_limit=off, rate_limit=off)
+    )
     assert layers(app) == ["ServerErrorMiddleware", "_StepAside", "RequestContextMiddleware"]
     assert {layer.state for layer in handle.pipeline} == {"off", "planned"}
     answer = TestClient(app).get("/nope")
