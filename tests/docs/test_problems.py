@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, Field
 
-from fastapi_hardening import Hardening, Problem, Settings, harden
+from fastapi_hardening import Hardening, Problem, RateLimit, Settings, harden
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.problem import OWN
 
@@ -58,6 +58,9 @@ def client() -> Iterator[TestClient]:
     @app.get("/api/products/{product_id}")
     async def product(product_id: int) -> None: ...
 
+    @app.post("/login", dependencies=[RateLimit("1/minute", name="login")])
+    async def login() -> None: ...
+
     @app.get("/boom")
     async def boom() -> None:
         raise RuntimeError("nobody's business")
@@ -76,11 +79,26 @@ def past_the_deadline(client: TestClient) -> httpx2.Response:
     return client.get("/boom")
 
 
+def too_many(client: TestClient) -> httpx2.Response:
+    client.post("/login")
+    return client.post("/login")
+
+
+def a_flood(client: TestClient) -> httpx2.Response:
+    app = FastAPI()
+    harden(app, Settings(_env_file=None, address_limit={"limit": "1/minute"}))
+    flooding = TestClient(app)
+    flooding.get("/")
+    return flooding.get("/")
+
+
 CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "about-blank": lambda client: client.get("/no-such-page"),
     "validation-failed": lambda client: client.post("/orders", json={"lines": [{"quantity": 0}]}),
     "internal-error": lambda client: client.get("/boom"),
     "temporary-reduced-capacity": past_the_deadline,
+    "quota-exceeded": too_many,
+    "abnormal-usage-detected": a_flood,
 }
 
 
