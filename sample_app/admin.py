@@ -11,14 +11,17 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_hardening import SecurityHeaders
+from fastapi_hardening import RateLimit, SecurityHeaders
 from sample_app.database import CurrentSession
 from sample_app.dependencies import RequireAdmin
 from sample_app.models import Order, OrderEvent, OrderLine, OrderStatus, Product
 from sample_app.schemas import DeliveryIn, NewProductIn, OrderOut, ProductId, ProductIn, ProductOut
 
 router = APIRouter(
-    prefix="/admin", tags=["admin"], dependencies=[RequireAdmin, SecurityHeaders(cache_control="no-store")]
+    prefix="/admin",
+    tags=["admin"],
+    # The limit comes first: guessing the token costs what using it costs.
+    dependencies=[RateLimit("60/minute", name="admin"), RequireAdmin, SecurityHeaders(cache_control="no-store")],
 )
 
 
