@@ -13,6 +13,7 @@ from fastapi_hardening.core.problem import Problem
 from fastapi_hardening.handle import Hardening
 from fastapi_hardening.harden import harden
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
+from fastapi_hardening.security.cors import Cors
 from fastapi_hardening.security.rate_limit import RateLimit
 from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders
 from fastapi_hardening.settings import Settings
@@ -20,6 +21,7 @@ from fastapi_hardening.settings import Settings
 __all__ = [
     "CheckResult",
     "ConfigurationError",
+    "Cors",
     "CspNonce",
     "CurrentRequest",
     "Hardening",

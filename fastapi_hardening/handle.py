@@ -14,6 +14,7 @@ from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.lifecycle import Lifecycle
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore
+from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.settings import Settings
 
 LayerState = Literal["on", "off", "planned"]
@@ -74,6 +75,7 @@ class Hardening:
 
     Attributes:
         settings: The settings in effect.
+        cors: The CORS policy in effect: that of the settings, or of the application's own middleware, taken over.
         service_name: How the service calls itself.
         events: Facts that concerns tell; subscribe to them.
         checks: Health checks; add your own.
@@ -85,6 +87,7 @@ class Hardening:
     """
 
     settings: Settings
+    cors: CorsSettings
     service_name: str
     events: Events
     checks: Checks
@@ -99,6 +102,7 @@ class Hardening:
     ) -> None:
         self._inbound = inbound
         self.settings = settings
+        self.cors = settings.cors
         self.service_name = settings.service_name or app.title
         self.clock = clock or SystemClock()
         self.events = Events()

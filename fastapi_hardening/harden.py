@@ -29,6 +29,7 @@ from fastapi_hardening.observability.health import HealthMiddleware
 from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
+from fastapi_hardening.security.cors import CorsMiddleware, take_over
 from fastapi_hardening.security.rate_limit import RateLimitMiddleware
 from fastapi_hardening.security.security_headers import HeaderPolicy, SecurityHeadersMiddleware
 from fastapi_hardening.settings import Settings
@@ -48,7 +49,8 @@ INBOUND: tuple[Slot, ...] = (
     Slot("tracing", "tracing", "one server span"),
     Slot("security headers", "security_headers", "header fields that protect browsers, on every answer",
          lambda h, app: SecurityHeadersMiddleware(app, h.settings.security_headers)),
-    Slot("CORS", "cors", "above everything that refuses, so that a browser may read the refusal"),
+    Slot("CORS", "cors", "above everything that refuses, so that a browser may read the refusal",
+         lambda h, app: CorsMiddleware(app, h.cors)),
     Slot("errors", "errors", "whatever is raised becomes a problem document",
          lambda h, app: errors.ErrorsMiddleware(app, h.settings.errors)),
     # Refusals, the cheapest first.
@@ -105,8 +107,13 @@ def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | Non
         adopt_all = _adopting(handle)
         adopt_all(handle.table.built())
         handle.table.on_rebuilt.append(adopt_all)
+        taken = take_over(app, handle.settings.cors)
+        handle.cors = taken or handle.settings.cors
+        inner = build()
+        # Mounted in another hardened application, ours step aside, but a policy that was taken over still holds.
+        bare = inner if taken is None else CorsMiddleware(inner, taken)
         # A server error middleware outermost: what instruments the application later expects one there.
-        return ServerErrorMiddleware(_around(handle, build()), handler=errors.exception_handler)  # type: ignore[arg-type]
+        return ServerErrorMiddleware(_around(handle, inner, bare), handler=errors.exception_handler)  # type: ignore[arg-type]
 
     @asynccontextmanager
     async def hardened_lifespan(application: Any) -> AsyncIterator[Any]:
@@ -126,14 +133,14 @@ def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | Non
     return handle
 
 
-def _around(handle: Hardening, inner: ASGIApp) -> ASGIApp:
-    """The layers that are on, around an application."""
+def _around(handle: Hardening, inner: ASGIApp, bare: ASGIApp) -> ASGIApp:
+    """The layers that are on, around an application; ``bare`` is what is left of them inside another hardened one."""
     app = inner
     for slot in reversed(INBOUND):
         # The context is always made: layers further in rely on it. Its own switch only takes the id off answers.
         if slot.build is not None and (handle.state_of(slot) == "on" or slot.setting == "request_id"):
             app = slot.build(handle, app)
-    return _StepAside(app, inner)
+    return _StepAside(app, bare)
 
 
 def _adopting(handle: Hardening) -> Callable[[RouteTable], None]:

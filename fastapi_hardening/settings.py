@@ -25,6 +25,7 @@ from fastapi_hardening.core.sources import Key, Profiles, gather, sentence
 from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
+from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.security.rate_limit import RateLimitSettings
 from fastapi_hardening.security.security_headers import SecurityHeadersSettings
 
@@ -39,13 +40,6 @@ class NotBuiltYet(ConcernSettings):
         if self.enabled:
             raise ValueError("this concern is not built yet (see the changelog); leave it out for now")
         return self
-
-
-class CorsSettings(NotBuiltYet):
-    """Which other origins may call; planned."""
-
-    allow_origins: tuple[str, ...] = ()
-    """Origins that may read answers."""
 
 
 class MetricsSettings(NotBuiltYet):
@@ -179,7 +173,7 @@ class Settings(BaseSettings):
     """The header fields that protect browsers."""
 
     cors: CorsSettings = CorsSettings()
-    """Which other origins may call; planned."""
+    """Whose pages may read answers."""
 
     errors: ErrorsSettings = ErrorsSettings()
     """Error answers."""

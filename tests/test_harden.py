@@ -58,6 +58,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "HealthMiddleware",
         "RequestContextMiddleware",
         "SecurityHeadersMiddleware",
+        "CorsMiddleware",
         "ErrorsMiddleware",
         "DrainMiddleware",
         "AddressLimitMiddleware",
@@ -68,6 +69,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "probes",
         "request context",
         "security headers",
+        "CORS",
         "errors",
         "drain",
         "address limit",
@@ -78,10 +80,8 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
 def test_what_is_switched_off_is_not_there() -> None:
     """Not a layer that does nothing; but the context, which others need, only loses its field."""
     app = FastAPI()
-    off = {"enabled": False}
-    handle = harden(
-        app, Settings(health=off, security_headers=off, errors=off, request_id=off, address_limit=off, rate_limit=off)
-    )
+    off: Any = {"enabled": False}
+    handle = harden(app, Settings(**{slot.setting: off for slot in INBOUND}))
     assert layers(app) == ["ServerErrorMiddleware", "_StepAside", "RequestContextMiddleware"]
     assert {layer.state for layer in handle.pipeline} == {"off", "planned"}
     answer = TestClient(app).get("/nope")
