@@ -12,6 +12,7 @@ from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.problem import Problem
 from fastapi_hardening.handle import Hardening
 from fastapi_hardening.harden import harden
+from fastapi_hardening.observability.access_log import configure_logging
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
 from fastapi_hardening.security.cors import Cors
 from fastapi_hardening.security.rate_limit import RateLimit
@@ -30,6 +31,7 @@ __all__ = [
     "RequestId",
     "SecurityHeaders",
     "Settings",
+    "configure_logging",
     "harden",
 ]
 

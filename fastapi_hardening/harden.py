@@ -6,7 +6,7 @@ Example:
     >>> app = FastAPI()
     >>> handle = harden(app)
     >>> [layer.name for layer in handle.pipeline if layer.state == "on"][:3]
-    ['probes', 'request context', 'security headers']
+    ['probes', 'request context', 'access log']
 """
 
 import logging
@@ -25,6 +25,7 @@ from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.headers import RawHeaders
 from fastapi_hardening.core.routes import RouteTable
 from fastapi_hardening.handle import Hardening, Slot
+from fastapi_hardening.observability.access_log import AccessLogMiddleware
 from fastapi_hardening.observability.health import HealthMiddleware
 from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
@@ -44,7 +45,8 @@ INBOUND: tuple[Slot, ...] = (
              about={"serviceId": h.service_name}, events=h.events, clock=h.clock)),
     Slot("request context", "request_id", "id, client address and route of the request, once, for everything below",
          lambda h, app: RequestContextMiddleware(app, h.settings.request_id, maker=_context_maker(h))),
-    Slot("access log", "access_log", "one structured line a request"),
+    Slot("access log", "access_log", "one structured line a request",
+         lambda h, app: AccessLogMiddleware(app, h.settings.access_log, clock=h.clock)),
     Slot("metrics", "metrics", "rate, errors and duration by route"),
     Slot("tracing", "tracing", "one server span"),
     Slot("security headers", "security_headers", "header fields that protect browsers, on every answer",
@@ -127,6 +129,8 @@ def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | Non
 
     app.build_middleware_stack = build_hardened_stack  # type: ignore[method-assign]
     app.router.lifespan_context = hardened_lifespan
+    if handle.settings.errors.enabled and handle.settings.errors.format == "problem":
+        errors.describe(app)  # now, for a document that is exported without serving; again when the stack is built
     for key in handle.settings.without_effect():
         logger.warning("%s is set, but this concern is not built yet, so it has no effect", key)
     logger.info("hardened %s: %s", app.title, ", ".join(layer.name for layer in handle.pipeline if layer.state == "on"))

@@ -22,6 +22,7 @@ from fastapi_hardening.api.errors import ErrorsSettings
 from fastapi_hardening.core.client_ip import UNIX, parse_network
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
 from fastapi_hardening.core.sources import Key, Profiles, gather, sentence
+from fastapi_hardening.observability.access_log import AccessLogSettings
 from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
@@ -97,6 +98,7 @@ PROFILES: Profiles = {
     "production": {},
     "staging": {},
     "development": {
+        "access_log": {"format": "text"},
         "errors": {"details": True},
         "health": {"details": "always", "drain_delay_seconds": 0.0},
     },
@@ -160,8 +162,8 @@ class Settings(BaseSettings):
     request_id: RequestIdSettings = RequestIdSettings()
     """The id that every answer carries."""
 
-    access_log: NotBuiltYet = NotBuiltYet()
-    """One line a request; planned."""
+    access_log: AccessLogSettings = AccessLogSettings()
+    """One structured line a request."""
 
     metrics: MetricsSettings = MetricsSettings()
     """Prometheus metrics; planned."""

@@ -57,6 +57,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "_StepAside",
         "HealthMiddleware",
         "RequestContextMiddleware",
+        "AccessLogMiddleware",
         "SecurityHeadersMiddleware",
         "CorsMiddleware",
         "ErrorsMiddleware",
@@ -68,6 +69,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
     assert on == [
         "probes",
         "request context",
+        "access log",
         "security headers",
         "CORS",
         "errors",

@@ -240,7 +240,12 @@ def install(app: Any, settings: ErrorsSettings) -> None:
         if kind not in handlers or is_framework_handler(handlers[kind]):
             handlers[kind] = handler
     if isinstance(app, FastAPI):
-        openapi.amend(app, _describe)
+        describe(app)
+
+
+def describe(app: FastAPI) -> None:
+    """Has the application's OpenAPI document describe the errors as they are; a second call changes nothing."""
+    openapi.amend(app, _describe)
 
 
 # --- layer ------------------------------------------------------------------------------------------------------------

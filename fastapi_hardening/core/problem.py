@@ -147,7 +147,12 @@ class ProblemResponse:
         self.raw_headers, self.body = render(problem, context)
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
-        """Sends the answer; a websocket handshake gets the HTTP denial response of the ASGI extension."""
+        """Sends the answer; a websocket handshake gets it where the server can send one, else the fitting close code."""
+        if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
+            await send(
+                {"type": "websocket.close", "code": _close_code(self.status_code), "reason": phrase(self.status_code)}
+            )
+            return
         prefix = "websocket." if scope["type"] == "websocket" else ""
         await send({"type": f"{prefix}http.response.start", "status": self.status_code, "headers": self.raw_headers})
         body = b"" if scope.get("method") == "HEAD" else self.body
@@ -170,13 +175,6 @@ async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send, *
     """
     context = request_context.ensure(scope)
     tell(problem, context, layer)
-    if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
-        status = problem.status_code
-        again = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-        failed = status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        code = _TRY_AGAIN_LATER if again else _INTERNAL_ERROR if failed else _POLICY_VIOLATION
-        await send({"type": "websocket.close", "code": code, "reason": phrase(status)})
-        return
     response: ASGIApp = ProblemResponse(problem, context)
     handler = users_handler(scope, problem) if scope["type"] == "http" else None
     if handler is not None:
@@ -185,6 +183,12 @@ async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send, *
         except Exception:
             logger.exception("the application's handler for %s failed", problem.status_code)
     await response(scope, receive, send)
+
+
+def _close_code(status: int) -> int:
+    if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+        return _TRY_AGAIN_LATER
+    return _INTERNAL_ERROR if status >= HTTPStatus.INTERNAL_SERVER_ERROR else _POLICY_VIOLATION
 
 
 async def call_handler(handler: Any, request: Request, exception: Exception) -> ASGIApp:

@@ -186,12 +186,18 @@ class _Mounted(_Candidate):
 
 
 class _Foreign(_Candidate):
-    """A route with matching code of its own, which is asked."""
+    """A route with matching code of its own, which is asked; behind a ``Host`` there may be routes to look into."""
 
-    __slots__ = ()
+    __slots__ = ("inside",)
 
-    def reach(self, scope: Scope, _full_path: str, _root_path: str, _path: str, *, exact: bool) -> _Reached:  # noqa: ARG002
+    def __init__(self, order: int, route: Any, entry: RouteEntry, inside: "_Level | None") -> None:
+        super().__init__(order, route, entry)
+        self.inside = inside
+
+    def reach(self, scope: Scope, full_path: str, root_path: str, _path: str, *, exact: bool) -> _Reached:  # noqa: ARG002
         match, _ = self.route.matches(scope)
+        if match is Match.FULL and self.inside is not None:
+            return self.inside.find(scope, full_path, self.inside.root_path or root_path), True
         return (None if match is Match.NONE else self.entry), match is Match.FULL
 
 
@@ -233,7 +239,7 @@ class _Level:
 
     def entries(self) -> Iterator[RouteEntry]:
         for candidate in self._all:
-            if isinstance(candidate, _Mounted) and candidate.inside is not None:
+            if isinstance(candidate, (_Mounted, _Foreign)) and candidate.inside is not None:
                 yield from candidate.inside.entries()
             else:
                 yield candidate.entry
@@ -299,12 +305,15 @@ class _Level:
             dependant=dependant,
         )
         order = len(self._all)
+        inside = None
+        if isinstance(route.original_route, (Mount, Host)) and isinstance(_router(app), Router):
+            inside = _Level(table, app, self._prefix + (path or ""), self._everywhere)
         if kind == "mount":
-            looked_into = isinstance(_router(app), Router)
-            inside = _Level(table, app, self._prefix + (path or ""), self._everywhere) if looked_into else None
             candidate: _Candidate = _Mounted(order, route, entry, inside)
+        elif kind == "other":
+            candidate = _Foreign(order, route, entry, inside)
         else:
-            candidate = (_Foreign if kind == "other" else _Candidate)(order, route, entry)
+            candidate = _Candidate(order, route, entry)
         self._all.append(candidate)
         self._place(candidate, path)
 

@@ -183,8 +183,9 @@ def test_a_route_with_matching_code_of_its_own_is_asked() -> None:
     app.router.routes.append(Host("api.example", Router([Route("/x", lambda request: PlainTextResponse("ok"))])))
     app.router.routes.append(Odd("/odd", endpoint, dependencies=[Mark("odd")]))
     table = table_of(app)
-    assert table.find(scope_of("/x", host="api.example")).kind == "other"
+    assert table.find(scope_of("/x", host="api.example")).template == "/x"
     assert marks(table.find(scope_of("/x", host="api.example"))) == ["app"]
+    assert table.find(scope_of("/y", host="api.example")).kind == "unmatched"
     assert table.find(scope_of("/x", host="other.example")).kind == "unmatched"
     assert marks(table.find(scope_of("/anything!"))) == ["app", "odd"]
 
