@@ -13,10 +13,12 @@ OPTIONAL = ("redis", "httpx2", "argon2", "nh3", "rich")
 PUBLIC = [
     "CheckResult",
     "ConfigurationError",
+    "Cors",
     "CspNonce",
     "CurrentRequest",
     "Hardening",
     "Problem",
+    "RateLimit",
     "RequestId",
     "SecurityHeaders",
     "Settings",

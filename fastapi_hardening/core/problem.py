@@ -147,7 +147,7 @@ class ProblemResponse:
         self.raw_headers, self.body = render(problem, context)
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
-        """Sends the answer; a websocket handshake gets it where the server can send one, else the fitting close code."""
+        """Sends the answer; a websocket handshake gets it if the server can send one, else the fitting close code."""
         if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
             await send(
                 {"type": "websocket.close", "code": _close_code(self.status_code), "reason": phrase(self.status_code)}
