@@ -14,6 +14,7 @@ from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.lifecycle import Lifecycle
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore
+from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.settings import Settings
 
@@ -79,6 +80,7 @@ class Hardening:
         service_name: How the service calls itself.
         events: Facts that concerns tell; subscribe to them.
         checks: Health checks; add your own.
+        metrics: What is recorded; add your own series and functions.
         store: Where shared state is kept.
         lifecycle: Whether the process starts, serves or drains.
         client_addresses: Finds the client's address.
@@ -91,6 +93,7 @@ class Hardening:
     service_name: str
     events: Events
     checks: Checks
+    metrics: Recorder
     store: StateStore
     lifecycle: Lifecycle
     client_addresses: ClientAddressResolver
@@ -107,6 +110,12 @@ class Hardening:
         self.clock = clock or SystemClock()
         self.events = Events()
         self.checks = Checks()
+        self.metrics = Recorder(
+            settings.metrics,
+            events=self.events,
+            build={"service": self.service_name, "version": app.version},
+            clock=self.clock,
+        )
         self.store = MemoryStore(clock=self.clock)
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(

@@ -27,6 +27,7 @@ from fastapi_hardening.core.routes import RouteTable
 from fastapi_hardening.handle import Hardening, Slot
 from fastapi_hardening.observability.access_log import AccessLogMiddleware
 from fastapi_hardening.observability.health import HealthMiddleware
+from fastapi_hardening.observability.metrics import MetricsMiddleware
 from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
@@ -47,7 +48,8 @@ INBOUND: tuple[Slot, ...] = (
          lambda h, app: RequestContextMiddleware(app, h.settings.request_id, maker=_context_maker(h))),
     Slot("access log", "access_log", "one structured line a request",
          lambda h, app: AccessLogMiddleware(app, h.settings.access_log, clock=h.clock)),
-    Slot("metrics", "metrics", "rate, errors and duration by route"),
+    Slot("metrics", "metrics", "rate, errors and duration by route",
+         lambda h, app: MetricsMiddleware(app, recorder=h.metrics, fields=_policy_fields(h), clock=h.clock)),
     Slot("tracing", "tracing", "one server span"),
     Slot("security headers", "security_headers", "header fields that protect browsers, on every answer",
          lambda h, app: SecurityHeadersMiddleware(app, h.settings.security_headers)),
@@ -170,6 +172,12 @@ def _probe_fields(handle: Hardening) -> Callable[[RawHeaders, Scope], RawHeaders
         return policy.apply(headers, tls=context.secure)
 
     return fields
+
+
+def _policy_fields(handle: Hardening) -> Callable[[RawHeaders, Scope], RawHeaders]:
+    """The header fields that protect browsers, for an answer that is made above their layer."""
+    policy = HeaderPolicy(handle.settings.security_headers)
+    return lambda headers, scope: policy.apply(headers, tls=request_context.ensure(scope).secure)
 
 
 def _context_maker(handle: Hardening) -> ContextMaker:

@@ -24,6 +24,7 @@ from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationE
 from fastapi_hardening.core.sources import Key, Profiles, gather, sentence
 from fastapi_hardening.observability.access_log import AccessLogSettings
 from fastapi_hardening.observability.health import HealthSettings
+from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.cors import CorsSettings
@@ -41,13 +42,6 @@ class NotBuiltYet(ConcernSettings):
         if self.enabled:
             raise ValueError("this concern is not built yet (see the changelog); leave it out for now")
         return self
-
-
-class MetricsSettings(NotBuiltYet):
-    """Prometheus metrics; planned."""
-
-    engine: Literal["own", "instrumentator"] = "own"
-    """What records them."""
 
 
 class TracingSettings(NotBuiltYet):
@@ -166,7 +160,7 @@ class Settings(BaseSettings):
     """One structured line a request."""
 
     metrics: MetricsSettings = MetricsSettings()
-    """Prometheus metrics; planned."""
+    """Prometheus metrics."""
 
     tracing: TracingSettings = TracingSettings()
     """OpenTelemetry tracing; planned."""

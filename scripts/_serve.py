@@ -8,7 +8,7 @@ import sys
 from types import FrameType
 
 LAST_PORT = 65535
-ALWAYS = ("sample_app.main:app", "--no-server-header", "--timeout-graceful-shutdown", "10")
+ALWAYS = ("sample_app.main:app", "--no-server-header", "--no-access-log", "--timeout-graceful-shutdown", "10")
 WELCOME = """\
 The shop is at  {shop}/
 its API at      {shop}/docs

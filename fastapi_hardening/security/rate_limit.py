@@ -276,13 +276,13 @@ class RateLimitMiddleware:
                 return
             tell(problem, context, "rate limit (report only)")
         most = self.settings.concurrent if override is None else override.concurrent
-        await self._serve(most, (verdict.budget, verdict.key), scope, receive, send_limited)
-
-    async def _serve(self, most: int | None, place: Hashable, scope: Scope, receive: Receive, send: Send) -> None:
-        """Has the application answer, if the client has no more than ``most`` requests under way."""
         if most is None:
-            await self.app(scope, receive, send)
-            return
+            await self.app(scope, receive, send_limited)
+        else:
+            await self._serve(most, (verdict.budget, verdict.key), scope, receive, send_limited)
+
+    async def _serve(self, most: int, place: Hashable, scope: Scope, receive: Receive, send: Send) -> None:
+        """Has the application answer, if the client has no more than ``most`` requests under way."""
         if not self._in_flight.enter(place, most):
             problem = RateLimited(
                 f"You may have {most} requests under way at the same time.",
