@@ -265,7 +265,8 @@ class AccessLog:
         if not logger.isEnabledFor(level):
             return
         fields = self._fields(exchange, context, scope, outcome)
-        trace_id = trace_id or trace_id_of(context)
+        if trace_id is None and exchange.status is None:
+            trace_id = trace_id_of(context)
         if trace_id is not None:
             fields["trace_id"] = trace_id
         if slow:
@@ -391,8 +392,8 @@ class AccessLogMiddleware:
 
         async def send_counted(message: Message) -> None:
             nonlocal trace_id
-            if trace_id is None:
-                # Here, because the span of a layer further in has ended when the application returns.
+            if exchange.status is None and trace_id is None:
+                # At the start of the answer: the span of a layer further in has ended when the application returns.
                 trace_id = trace_id_of(context)
             try:
                 await send(message)

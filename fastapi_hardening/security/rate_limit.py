@@ -46,6 +46,8 @@ Key = str | Callable[[HTTPConnection], str | None] | Callable[[HTTPConnection], 
 Cost = int | Callable[[HTTPConnection], int]
 
 _STARTS = frozenset({"http.response.start", "websocket.http.response.start"})
+_POLICY, _STATE = b"ratelimit-policy", b"ratelimit"
+_OURS = frozenset({_POLICY, _STATE})
 _LONGEST_KEY = 64
 
 
@@ -129,6 +131,7 @@ class Budget:
         self.limits = limits
         self._limiters = [Limiter(limit, strategy, max_keys=max_keys, clock=clock) for limit in limits]
         self._quoted = [f'"{limit.name}"' for limit in limits]
+        self._one = self._quoted[0] if len(limits) == 1 else None
         self.policy = ", ".join(
             f"{name};q={limit.quota};w={limit.window_seconds}" for name, limit in zip(self._quoted, limits, strict=True)
         ).encode("ascii")
@@ -144,6 +147,9 @@ class Budget:
 
     def state(self, decisions: list[Decision]) -> bytes:
         """The ``RateLimit`` field: of each policy what remains, and the seconds until there is more."""
+        if self._one is not None:
+            [decision] = decisions
+            return f"{self._one};r={decision.remaining};t={math.ceil(decision.next_seconds)}".encode("ascii")
         return ", ".join(
             f"{name};r={decision.remaining};t={math.ceil(decision.next_seconds)}"
             for name, decision in zip(self._quoted, decisions, strict=True)
@@ -219,7 +225,8 @@ class Verdict(NamedTuple):
     @property
     def allowed(self) -> bool:
         """Whether all limits allow it."""
-        return all(decision.allowed for decision in self.decisions)
+        decisions = self.decisions
+        return decisions[0].allowed if len(decisions) == 1 else all(decision.allowed for decision in decisions)
 
 
 # --- layer ------------------------------------------------------------------------------------------------------------
@@ -238,6 +245,7 @@ class RateLimitMiddleware:
         self.app = app
         self.settings = settings = settings or RateLimitSettings()
         self._clock = clock
+        self._by_address = settings.key == "address"
         limits = parse_limits(settings.default, "default")
         self._default = self._budget(limits, settings.strategy)
         wider = (Limit(each.name, each.quota * settings.unknown_proxy_factor, each.window_seconds) for each in limits)
@@ -258,14 +266,18 @@ class RateLimitMiddleware:
         if override is not None and not override.limits:
             await self.app(scope, receive, send)
             return
-        verdict = await self.decide(override, scope, context)
+        if override is None and self._by_address:
+            # What most requests are: no override, no function to ask for a key.
+            budget = self._behind_unknown_proxy if context.client.behind_unknown_proxy else self._default
+            verdict = Verdict(budget, context.client.key, budget.hit(context.client.key))
+        else:
+            verdict = await self.decide(override, scope, context)
 
         async def send_with_limits(message: Message) -> None:
             if message["type"] in _STARTS:
                 said: Verdict = context.state.get(_Late, verdict)
-                headers = message["headers"] = list(message.get("headers") or ())
-                header_fields.replace(headers, b"ratelimit-policy", said.budget.policy)
-                header_fields.replace(headers, b"ratelimit", said.budget.state(said.decisions))
+                fields = (_POLICY, said.budget.policy), (_STATE, said.budget.state(said.decisions))
+                message["headers"] = [p for p in message.get("headers") or () if p[0] not in _OURS] + [*fields]
             await send(message)
 
         send_limited = send_with_limits if self.settings.headers else send
