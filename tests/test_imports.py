@@ -22,6 +22,7 @@ PUBLIC = [
     "RequestId",
     "SecurityHeaders",
     "Settings",
+    "configure_logging",
     "harden",
 ]
 

@@ -227,6 +227,16 @@ def install(app: Any, settings: ErrorsSettings) -> None:
         app.debug = False
         logger.warning("debug=True would answer tracebacks to everybody; it is off unless errors.details is on")
     handlers = app.exception_handlers
+    before = dict(handlers)
+    _replace(handlers, settings)
+    if app.middleware_stack is not None and handlers != before:
+        # It has served alone before it was mounted here; its next request builds the stack with the handlers of now.
+        app.middleware_stack = None
+    if settings.format == "problem" and isinstance(app, FastAPI):
+        describe(app)
+
+
+def _replace(handlers: dict[Any, Any], settings: ErrorsSettings) -> None:
     if 500 not in handlers and Exception not in handlers:  # noqa: PLR2004 - the other name of the same handler
         handlers[Exception] = telling_exception_handler if settings.details else exception_handler
     if settings.format == "fastapi":
@@ -239,8 +249,6 @@ def install(app: Any, settings: ErrorsSettings) -> None:
     for kind, handler in ours.items():
         if kind not in handlers or is_framework_handler(handlers[kind]):
             handlers[kind] = handler
-    if isinstance(app, FastAPI):
-        describe(app)
 
 
 def describe(app: FastAPI) -> None:
@@ -300,9 +308,13 @@ class ErrorsMiddleware:
     async def _answer(self, exception: Exception, scope: Scope, receive: Receive, send: Send) -> None:
         handler = _handler_of_the_application(exception, scope)
         if handler is not None:
-            response = await call_handler(handler, Request(scope, receive), exception)
-            await response(scope, receive, send)
-            return
+            try:
+                response = await call_handler(handler, Request(scope, receive), exception)
+            except Exception:
+                logger.exception("the application's handler for %s failed", type(exception).__name__)
+            else:
+                await response(scope, receive, send)
+                return
         unhandled: Problem = _telling(exception) if self._settings.details else InternalError()
         problem = problem_of(exception) if is_answer(exception) else unhandled
         await refuse(problem, scope, receive, send, layer="errors")
@@ -349,7 +361,8 @@ _BODY_LIMIT = "starlette.middleware.body_limit"
 def _is_starlettes(message: Message) -> bool:
     """Whether a 413 is the one that Starlette's body limit sends, and not one that the application wrote."""
     headers = dict(message.get("headers") or ())
-    return headers.get(b"content-type") == b"text/plain; charset=utf-8" and headers.get(b"content-length") == b"17"
+    kind = headers.get(b"content-type"), headers.get(b"content-length")
+    return kind in ((b"text/plain; charset=utf-8", b"17"), (b"application/json", b"30"))
 
 
 # --- OpenAPI ----------------------------------------------------------------------------------------------------------

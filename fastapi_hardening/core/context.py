@@ -32,6 +32,7 @@ class RequestContext:
         secure: The client speaks TLS, to this server or to a trusted proxy in front of it.
         started: When the request arrived, on the monotonic clock, in seconds.
         route: The route that the request will reach, with its overrides; ``None`` until a layer has looked it up.
+        path: The path for which the route was looked up; a middleware of the application may change the request's.
         traceparent: The W3C ``traceparent`` as it came in, not validated; ``None`` without one.
         principal: Who the caller is, once authentication has said so.
         tenant: Whose data it is about, once tenancy has said so.
@@ -46,6 +47,7 @@ class RequestContext:
         "error_format",
         "events",
         "hardened",
+        "path",
         "principal",
         "request_id",
         "route",
@@ -77,6 +79,7 @@ class RequestContext:
         self.events = events
         self.hardened = hardened
         self.route: RouteEntry | None = None
+        self.path: str | None = None
         self.principal: Any = None
         self.tenant: str | None = None
         self.state: dict[type, Any] = {}

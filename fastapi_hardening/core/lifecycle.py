@@ -15,6 +15,8 @@ from fastapi_hardening.core.events import Events
 
 logger = logging.getLogger("fastapi_hardening.lifecycle")
 
+_ONE_SIGNAL_SECONDS = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class ApplicationStarted:
@@ -115,9 +117,10 @@ class Lifecycle:
     def on_sigterm(self) -> Iterator[None]:
         """While the block runs, SIGTERM drains first and reaches the server's own handler after the delay.
 
-        A second SIGTERM reaches it at once. Outside the main thread, as under a test client, signals are left alone.
-        Servers that take signals through the event loop (hypercorn) hear it at once all the same; their own grace
-        period is then the delay.
+        A second SIGTERM reaches it at once, if it comes later than a second after the first: a signal to a whole
+        process group is heard twice by a worker, from the group and from its supervisor. Outside the main thread, as
+        under a test client, signals are left alone. Servers that take signals through the event loop (hypercorn) hear
+        it at once all the same; their own grace period is then the delay.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -125,9 +128,15 @@ class Lifecycle:
         loop = asyncio.get_running_loop()
         servers_handler = signal.getsignal(signal.SIGTERM)
         pending: list[asyncio.TimerHandle] = []
+        first_heard = float("inf")
 
         def handle(number: int, frame: FrameType | None) -> None:
-            again = self.draining
+            nonlocal first_heard
+            now = self._clock.monotonic()
+            again = now - first_heard >= _ONE_SIGNAL_SECONDS
+            if self.draining and not again:
+                return
+            first_heard = min(first_heard, now)
             self.drain()
             if again or self._delay <= 0:
                 _pass_on(servers_handler, number, frame)

@@ -136,6 +136,7 @@ def route_of(scope: Scope) -> RouteEntry:
     entry = context.route
     if entry is None:
         app = scope.get("app")
+        context.path = scope["path"]
         entry = context.route = _NO_ROUTER if app is None else table_of(app).find(scope)
     return entry
 
@@ -229,8 +230,11 @@ class _Level:
         if hasattr(app, "exception_handlers"):
             table.applications.append(app)
         _watch(router, table)
+        levels: dict[int, list[Overrides]] = {}
+        _levels_above(router.routes, {}, levels)
         for route_context in iter_route_contexts(router.routes):
-            self._add(table, route_context)
+            above = levels.get(id(route_context.original_route)) or [{}]
+            self._add(table, route_context, above.pop(0))
         for candidate in self._all:
             path = candidate.entry.template
             if candidate.entry.kind in ("http", "websocket") and path is not None and "{" not in path:
@@ -289,7 +293,8 @@ class _Level:
             found.sort(key=_by_order)
         return found
 
-    def _add(self, table: RouteTable, route: RouteContext) -> None:
+    def _add(self, table: RouteTable, route: RouteContext, above: Overrides) -> None:
+        everywhere = _merge(self._everywhere, above)
         # A route context answers for the route as it is effective here, with the prefixes and levels of its includes.
         kind = _KNOWN_MATCHING.get(type(route.original_route).matches, "other")
         app = getattr(route, "app", None)
@@ -300,14 +305,14 @@ class _Level:
             template=None if template is None else self._prefix + template,
             methods=frozenset(route.methods) if route.methods else None,
             kind=kind,
-            overrides=_merge(self._everywhere, overrides_of(dependant)),
+            overrides=everywhere if dependant is None else _merge(self._everywhere, overrides_of(dependant)),
             endpoint=route.endpoint or app,
             dependant=dependant,
         )
         order = len(self._all)
         inside = None
         if isinstance(route.original_route, (Mount, Host)) and isinstance(_router(app), Router):
-            inside = _Level(table, app, self._prefix + (path or ""), self._everywhere)
+            inside = _Level(table, app, self._prefix + (path or ""), everywhere)
         if kind == "mount":
             candidate: _Candidate = _Mounted(order, route, entry, inside)
         elif kind == "other":
@@ -399,11 +404,26 @@ def _watch(router: Any, table: RouteTable) -> None:
         router.routes = routes
     if not any(known is table for known in routes.tables):
         routes.tables.append(table)
-        for route in routes:
-            # FastAPI keeps an included router as a live node; older versions copied its routes.
-            included = getattr(route, "original_router", None)
-            if included is not None:
-                _watch(included, table)
+    for route in routes:
+        # FastAPI keeps an included router as a live node; older versions copied its routes.
+        included = getattr(route, "original_router", None)
+        if included is not None:
+            _watch(included, table)
+
+
+def _levels_above(routes: Iterable[BaseRoute], above: Overrides, found: dict[int, list[Overrides]]) -> None:
+    """The overrides of the includes and routers around each route, by its identity, in the order of its inclusions.
+
+    FastAPI puts them on the routes that it knows; mounts and routes of Starlette in a router have no dependencies.
+    """
+    for route in routes:
+        included = getattr(route, "original_router", None)
+        if included is None:
+            found.setdefault(id(route), []).append(above)
+        else:
+            include: Any = getattr(route, "include_context", None)
+            levels = [*getattr(include, "dependencies", ()), *included.dependencies]
+            _levels_above(included.routes, _merge(above, overrides_in(levels)), found)
 
 
 def _router(app: Any) -> Any:
@@ -428,9 +448,17 @@ def _merge(outer: Overrides, inner: Overrides) -> Overrides:
     """Both, the outer level first; what an application declares for itself is on its routes already."""
     merged = dict(outer)
     for kind, overrides in inner.items():
-        known: Sequence[Override] = merged.get(kind, ())
-        merged[kind] = (*known, *(o for o in overrides if not any(o is k for k in known)))
+        known = merged.get(kind, ())
+        merged[kind] = (*known, *overrides[_overlap(known, overrides) :])
     return merged
+
+
+def _overlap(outer: Sequence[Override], inner: Sequence[Override]) -> int:
+    """With how many of the last of ``outer`` the ``inner`` begins."""
+    for number in range(min(len(outer), len(inner)), 0, -1):
+        if all(a is b for a, b in zip(outer[-number:], inner, strict=False)):
+            return number
+    return 0
 
 
 def _by_order(candidate: _Candidate) -> int:

@@ -48,13 +48,16 @@ class DrainMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one connection."""
-        if not self._lifecycle.draining or scope["type"] not in ("http", "websocket"):
+        if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
 
+        # HTTP/2 has no such field; its server says GOAWAY.
+        closes = scope.get("http_version", "1.1").startswith("1")
+
         async def send_and_close(message: Message) -> None:
-            # HTTP/2 has no such field; its server says GOAWAY.
-            if message["type"] == "http.response.start" and scope.get("http_version", "1.1").startswith("1"):
+            # Asked here and not on the way in: what was under way when the signal came ends its connection, too.
+            if self._lifecycle.draining and message["type"] == "http.response.start" and closes:
                 headers = message["headers"] = list(message.get("headers") or ())
                 replace(headers, b"connection", b"close")
             await send(message)
