@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
@@ -190,6 +190,8 @@ def _kinds(annotation: Any) -> Iterator[str]:
     origin = get_origin(annotation)
     if origin is Literal:
         yield " or ".join(f"`{choice}`" for choice in get_args(annotation))
+    elif origin is Annotated:
+        yield from _kinds(get_args(annotation)[0])
     elif origin is not None and origin is not tuple:
         for choice in get_args(annotation):
             yield from _kinds(choice)

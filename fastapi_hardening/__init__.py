@@ -16,6 +16,7 @@ from fastapi_hardening.observability.access_log import configure_logging
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
 from fastapi_hardening.security.cors import Cors
 from fastapi_hardening.security.rate_limit import RateLimit
+from fastapi_hardening.security.request_limits import RequestLimits
 from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders
 from fastapi_hardening.settings import Settings
 
@@ -29,6 +30,7 @@ __all__ = [
     "Problem",
     "RateLimit",
     "RequestId",
+    "RequestLimits",
     "SecurityHeaders",
     "Settings",
     "configure_logging",

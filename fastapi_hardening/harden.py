@@ -33,6 +33,7 @@ from fastapi_hardening.resilience.drain import DrainMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.cors import CorsMiddleware, take_over
 from fastapi_hardening.security.rate_limit import RateLimitMiddleware
+from fastapi_hardening.security.request_limits import RequestLimitsMiddleware
 from fastapi_hardening.security.security_headers import HeaderPolicy, SecurityHeadersMiddleware
 from fastapi_hardening.settings import Settings
 
@@ -62,7 +63,9 @@ INBOUND: tuple[Slot, ...] = (
          lambda h, app: DrainMiddleware(
              app, lifecycle=h.lifecycle, retry_after_seconds=h.settings.health.retry_after_seconds)),
     Slot("load shedding", "load_shedding", "503 while overloaded"),
-    Slot("request limits", "request_limits", "line, header fields, host, path, and the body as it is read"),
+    Slot("request limits", "request_limits", "line, header fields, host, path, and the body as it is read",
+         lambda h, app: RequestLimitsMiddleware(
+             app, h.settings.request_limits, allowed_hosts=h.settings.allowed_hosts, clock=h.clock)),
     Slot("address limit", "address_limit", "flood guard by client address, without I/O",
          lambda h, app: AddressLimitMiddleware(app, h.settings.address_limit, clock=h.clock)),
     Slot("version", "versioning", "which version of the API is asked for"),

@@ -29,6 +29,7 @@ from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.security.rate_limit import RateLimitSettings
+from fastapi_hardening.security.request_limits import RequestLimitsSettings, checked_host
 from fastapi_hardening.security.security_headers import SecurityHeadersSettings
 
 
@@ -49,13 +50,6 @@ class TracingSettings(NotBuiltYet):
 
     engine: Literal["own", "instrumentation", "native"] = "own"
     """What makes the server span."""
-
-
-class RequestLimitsSettings(NotBuiltYet):
-    """Limits on the request itself; planned."""
-
-    max_body_bytes: int = Field(10_000_000, ge=0)
-    """The largest body that is taken."""
 
 
 class AuthSettings(NotBuiltYet):
@@ -148,7 +142,7 @@ class Settings(BaseSettings):
     """The one header in which your proxies write the client's address."""
 
     allowed_hosts: tuple[str, ...] = ()
-    """Host names that are served; any if empty. Planned: enforced with the request limits."""
+    """Host names that are served, such as ``shop.example`` or ``*.shop.example``; any if empty."""
 
     health: HealthSettings = HealthSettings()
     """Probes, health checks and draining."""
@@ -178,7 +172,7 @@ class Settings(BaseSettings):
     """Refusals under overload; planned."""
 
     request_limits: RequestLimitsSettings = RequestLimitsSettings()
-    """Limits on the request itself; planned."""
+    """Limits on the request itself."""
 
     address_limit: AddressLimitSettings = AddressLimitSettings()
     """The flood guard by address."""
@@ -252,6 +246,11 @@ class Settings(BaseSettings):
             if entry != UNIX:
                 parse_network(entry)
         return entries
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(checked_host(entry) for entry in entries)
 
     @field_validator("state_url")
     @classmethod

@@ -146,6 +146,7 @@ class Recorder:
             "http_version": "1.1",
             "scheme": "ws" if method == "WS" else "http",
             "path": path,
+            "raw_path": path.encode("ascii"),
             "query_string": b"",
             "headers": [(b"host", b"shop.test")],
             "client": ("203.0.113.9", 40000),

@@ -63,6 +63,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "CorsMiddleware",
         "ErrorsMiddleware",
         "DrainMiddleware",
+        "RequestLimitsMiddleware",
         "AddressLimitMiddleware",
         "RateLimitMiddleware",
     ]
@@ -76,6 +77,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "CORS",
         "errors",
         "drain",
+        "request limits",
         "address limit",
         "rate limit",
     ]

@@ -20,6 +20,7 @@ PUBLIC = [
     "Problem",
     "RateLimit",
     "RequestId",
+    "RequestLimits",
     "SecurityHeaders",
     "Settings",
     "configure_logging",

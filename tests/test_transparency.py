@@ -824,8 +824,12 @@ async def test_only_the_form_of_errors_changes(make: Make, sent: Sent) -> None:
         assert hardened == bare
 
 
+# A body above FastAPI's own limit is refused by us, in our words, before FastAPI sees it.
+FASTAPIS_ERRORS = [case for case in cases(errors=True) if "POST /small" not in str(case.id)]
+
+
 @pytest.mark.anyio
-@pytest.mark.parametrize(("make", "sent"), cases(errors=True))
+@pytest.mark.parametrize(("make", "sent"), FASTAPIS_ERRORS)
 async def test_without_error_handling_errors_do_not_change_either(make: Make, sent: Sent) -> None:
     """With the errors concern off, errors are the bare application's to the last byte."""
     off = Settings(errors={"enabled": False})
@@ -833,7 +837,7 @@ async def test_without_error_handling_errors_do_not_change_either(make: Make, se
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("make", "sent"), [case for case in cases(errors=True) if "WS" not in str(case.id)])
+@pytest.mark.parametrize(("make", "sent"), [case for case in FASTAPIS_ERRORS if "WS" not in str(case.id)])
 async def test_format_of_fastapi_keeps_its_error_bodies(make: Make, sent: Sent) -> None:
     """With ``errors.format = "fastapi"`` every body is FastAPI's own, but for the 500, which becomes JSON as well."""
     hardened = await seen_by(sent, make, Settings(errors={"format": "fastapi"}))

@@ -46,7 +46,7 @@ class Override(params.Depends):
         handled = getattr(request_context.of(connection.scope), "state", {}).get(type(self))
         if handled is not None and any(override is self for override in handled):
             return
-        levels = overrides_of(_dependant(connection.scope)).get(type(self), (self,))
+        levels = overrides_of(dependant_of(connection.scope)).get(type(self), (self,))
         if type(self).every_level_holds or levels[-1] is self:
             await self.act_late(connection)
 
@@ -92,7 +92,7 @@ def _walk(dependant: Any) -> Iterator[Override]:
         yield from _walk(child)
 
 
-def _dependant(scope: Scope) -> Any:
+def dependant_of(scope: Scope) -> Any:
     """The dependant of the endpoint that runs; for an included route that of the include, which has all levels."""
     included = scope.get("fastapi", {}).get("effective_route_context")
     for holder in (getattr(included, "starlette_route", None), included, scope.get("route")):

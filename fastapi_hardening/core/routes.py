@@ -49,6 +49,7 @@ class RouteEntry:
         overrides: The overrides that hold here, by class, the outermost level first.
         endpoint: The function or application that runs.
         dependant: FastAPI's description of the endpoint, for concerns that read its parameters.
+        max_body_size: FastAPI's own limit of the body, of the route, its includes or its application, in bytes.
     """
 
     template: str | None
@@ -57,6 +58,7 @@ class RouteEntry:
     overrides: Overrides = field(default_factory=dict)
     endpoint: Any = None
     dependant: Any = None
+    max_body_size: int | None = None
 
     def of(self, kind: type[Override]) -> tuple[Override, ...]:
         """The overrides of one class, the outermost level first."""
@@ -308,6 +310,7 @@ class _Level:
             overrides=everywhere if dependant is None else _merge(self._everywhere, overrides_of(dependant)),
             endpoint=route.endpoint or app,
             dependant=dependant,
+            max_body_size=getattr(route, "max_body_size", None),
         )
         order = len(self._all)
         inside = None

@@ -92,8 +92,12 @@ def test_a_second_sigterm_reaches_the_server_at_once(servers_handler: list[int])
     """Who asks twice does not want to wait."""
 
     async def run() -> None:
-        with Lifecycle(drain_delay_seconds=1000).on_sigterm():
+        clock = ManualClock()
+        with Lifecycle(drain_delay_seconds=1000, clock=clock).on_sigterm():
             signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert servers_handler == []  # one signal to a process group, heard twice
+            clock.advance(1)
             signal.raise_signal(signal.SIGTERM)
             assert servers_handler == [signal.SIGTERM]
             await asyncio.sleep(0)

@@ -453,6 +453,10 @@ def test_every_answer_is_hardened(ask: Ask, hardened: Hardened, site: Site, plac
         assert answer.one("content-length") == str(len(answer.body))
     if site.exporter is not None:
         spans = [span for span in site.exporter.get_finished_spans() if span.kind is SpanKind.SERVER]
+        if outcome.status == 413 and not spans:
+            # A declared length is refused before an instrumentation that was there first, and so lies inside, sees it.
+            assert site.around == "instrumented before"
+            return
         assert len(spans) == 1
         assert (spans[0].attributes or {})["http.status_code"] == outcome.status
 
