@@ -21,6 +21,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from fastapi_hardening.api.errors import ErrorsSettings
 from fastapi_hardening.core.client_ip import UNIX, parse_network
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
+from fastapi_hardening.core.request_head import checked_host
 from fastapi_hardening.core.sources import Key, Profiles, gather, sentence
 from fastapi_hardening.observability.access_log import AccessLogSettings
 from fastapi_hardening.observability.health import HealthSettings
@@ -29,7 +30,7 @@ from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.security.rate_limit import RateLimitSettings
-from fastapi_hardening.security.request_limits import RequestLimitsSettings, checked_host
+from fastapi_hardening.security.request_limits import RequestLimitsSettings
 from fastapi_hardening.security.security_headers import SecurityHeadersSettings
 
 

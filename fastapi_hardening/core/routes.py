@@ -134,8 +134,8 @@ def route_of(scope: Scope) -> RouteEntry:
 
     The layer that asks first must do so before it calls its inner application: routing changes the scope.
     """
-    context = request_context.ensure(scope)
-    entry = context.route
+    context = scope.get(request_context.SCOPE_KEY) or request_context.ensure(scope)
+    entry: RouteEntry | None = context.route
     if entry is None:
         app = scope.get("app")
         context.path = scope["path"]

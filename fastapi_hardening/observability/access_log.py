@@ -29,19 +29,9 @@ from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings, did_you_mean
 from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.headers import field
-from fastapi_hardening.core.logs import (
-    REDACTED,
-    LineHandler,
-    LogFormat,
-    QueuedHandler,
-    Redactor,
-    flush,
-    make_visible,
-    printable,
-    take_over_root,
-    trace_id_of,
-    write,
-)
+from fastapi_hardening.core.log_handlers import LineHandler, QueuedHandler, flush, make_visible, take_over_root
+from fastapi_hardening.core.logs import LogFormat, printable, trace_id_of, write
+from fastapi_hardening.core.redaction import REDACTED, Redactor
 from fastapi_hardening.core.routes import route_of
 
 logger = logging.getLogger("fastapi_hardening.access")

@@ -22,13 +22,11 @@ import logging
 import math
 import os
 import platform
-from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from opentelemetry import trace
 from prometheus_client import (
@@ -37,17 +35,12 @@ from prometheus_client import (
     Counter,
     Gauge,
     GCCollector,
-    Histogram,
-    Metric,
     PlatformCollector,
     ProcessCollector,
-    Summary,
     generate_latest,
     multiprocess,
     start_http_server,
-    values,
 )
-from prometheus_client.core import CounterMetricFamily, Exemplar, HistogramMetricFamily, SummaryMetricFamily
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 from prometheus_fastapi_instrumentator.metrics import Info
@@ -60,12 +53,21 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_hardening.core.clock import Clock, SystemClock
-from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
+from fastapi_hardening.core.configuration import ConcernSettings
 from fastapi_hardening.core.events import Events, RequestRefused
 from fastapi_hardening.core.headers import RawHeaders, get_all
 from fastapi_hardening.core.policy import Guard, allow_private_peers, require_token
 from fastapi_hardening.core.problem import Problem, refuse
 from fastapi_hardening.core.routes import route_of, route_path, table_of
+from fastapi_hardening.core.tally import (
+    BoundedCounter,
+    SharedTally,
+    Tally,
+    Together,
+    is_multiprocess,
+    method_of,
+    status_label,
+)
 
 logger = logging.getLogger("fastapi_hardening.metrics")
 
@@ -75,14 +77,6 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 UNMATCHED = "none"
 """The ``handler`` of every path without a route; the instrumentator's word."""
 
-OTHER = "_OTHER"
-"""The ``method`` of everything that is no method of HTTP; OpenTelemetry's word."""
-
-_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY"))
-_MULTIPROCESS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
-
-# More problems or events than this are no closed set any more; the rest is counted together.
-_MAX_NAMES = 500
 # A length of more digits is no size of a body, and would spoil the sum for ever.
 _MAX_DIGITS = 15
 
@@ -153,207 +147,6 @@ class MetricsSettings(ConcernSettings):
 
 # --- engine -----------------------------------------------------------------------------------------------------------
 
-_REQUESTS = "http_requests", "Requests by method, status and handler.", ("method", "status", "handler")
-_REQUEST_SIZES = "http_request_size_bytes", "Declared length of requests by handler, 0 where none is.", ("handler",)
-_RESPONSE_SIZES = "http_response_size_bytes", "Declared length of responses by handler, 0 where none is.", ("handler",)
-_DURATIONS = "http_request_duration_highr_seconds", "Time to the last byte, in many buckets.", ()
-_ROUTE_DURATIONS = (
-    "http_request_duration_seconds",
-    "Time to the last byte by method and handler, in few buckets.",
-    ("method", "handler"),
-)
-
-
-class _Series:
-    """What was counted of one method, route and status. Sizes in bytes, times in seconds."""
-
-    __slots__ = ("buckets", "exemplars", "requests", "requests_bytes", "responses_bytes", "seconds")
-
-    def __init__(self, buckets: int) -> None:
-        self.requests = 0
-        self.requests_bytes = 0
-        self.responses_bytes = 0
-        self.seconds = 0.0
-        self.buckets = [0] * buckets
-        # By bucket the last request whose trace can be looked at: trace id, seconds, seconds since the epoch.
-        self.exemplars: dict[int, tuple[int, float, float]] = {}
-
-    def merge(self, other: "_Series") -> None:
-        """Adds what another one has counted."""
-        self.requests += other.requests
-        self.requests_bytes += other.requests_bytes
-        self.responses_bytes += other.responses_bytes
-        self.seconds += other.seconds
-        for index, count in enumerate(other.buckets):
-            self.buckets[index] += count
-        for index, exemplar in list(other.exemplars.items()):
-            self.exemplars[index] = max(exemplar, self.exemplars.get(index, exemplar), key=_time_of)
-
-
-class Tally(Collector):
-    """The requests of one process, in plain numbers: the series are made of them only when somebody reads them.
-
-    So a request costs one look-up and five additions; the client library's own series cost several times that. It
-    belongs to one event loop; reading it from another thread does no harm.
-
-    Args:
-        settings: The bounds of the buckets and the form of the label ``status``.
-        clock: Where the time of an exemplar comes from.
-
-    Example:
-        >>> tally = Tally(MetricsSettings())
-        >>> tally.record("GET", "/items/{id}", 200, seconds=0.02, response_bytes=512)
-        >>> [(sample.name, sample.labels, sample.value) for sample in next(iter(tally.collect())).samples]
-        [('http_requests_total', {'method': 'GET', 'status': '2xx', 'handler': '/items/{id}'}, 1)]
-    """
-
-    def __init__(self, settings: MetricsSettings, *, clock: Clock | None = None) -> None:
-        self._classes = settings.status_classes
-        self._fine = settings.duration_buckets
-        self._coarse = settings.route_duration_buckets
-        # Both histograms are sums of these buckets, so a request looks for its bucket once.
-        self._bounds = sorted({*self._fine, *self._coarse})
-        self._time = (clock or SystemClock()).time
-        self._series: dict[tuple[str, str, int], _Series] = {}
-
-    def record(
-        self,
-        method: str,
-        handler: str,
-        status: int,
-        *,
-        seconds: float,
-        request_bytes: int = 0,
-        response_bytes: int = 0,
-        trace_id: int = 0,
-    ) -> None:
-        """Counts one answered request.
-
-        Args:
-            method: One of a closed set; see :func:`method_of`.
-            handler: The template of the route, or ``none``.
-            status: The status that was sent.
-            seconds: From the arrival to the last byte of the answer.
-            request_bytes: The length that the request declared.
-            response_bytes: The length that the answer declared.
-            trace_id: The trace in which the request can be looked at; 0 for none.
-        """
-        key = (method, handler, status // 100 if self._classes else status)
-        series = self._series.get(key)
-        if series is None:
-            series = self._series[key] = _Series(len(self._bounds) + 1)
-        series.requests += 1
-        series.requests_bytes += request_bytes
-        series.responses_bytes += response_bytes
-        series.seconds += seconds
-        bucket = bisect_left(self._bounds, seconds)
-        series.buckets[bucket] += 1
-        if trace_id:
-            series.exemplars[bucket] = (trace_id, seconds, self._time())
-
-    def describe(self) -> Iterable[Metric]:
-        """The names, for the registry, which refuses a second collector of one of them."""
-        return _families()
-
-    def collect(self) -> Iterable[Metric]:
-        """The series under the names that the instrumentator gives them."""
-        families = requests, requests_bytes, responses_bytes, fine, coarse = _families()
-        everything = _Series(len(self._bounds) + 1)
-        by_handler: dict[str, _Series] = {}
-        by_route: dict[tuple[str, str], _Series] = {}
-        for (method, handler, status), series in list(self._series.items()):
-            requests.add_metric((method, status_label(status, classes=self._classes), handler), series.requests)
-            for group in (
-                everything,
-                by_handler.setdefault(handler, _Series(len(series.buckets))),
-                by_route.setdefault((method, handler), _Series(len(series.buckets))),
-            ):
-                group.merge(series)
-        for handler, series in by_handler.items():
-            requests_bytes.add_metric((handler,), series.requests, series.requests_bytes)
-            responses_bytes.add_metric((handler,), series.requests, series.responses_bytes)
-        fine.add_metric((), self._histogram(everything, self._fine), everything.seconds)
-        for route, series in by_route.items():
-            coarse.add_metric(route, self._histogram(series, self._coarse), series.seconds)
-        return families
-
-    def _histogram(self, series: _Series, bounds: tuple[float, ...]) -> list[Any]:
-        """Cumulative buckets with these bounds, each with its latest exemplar."""
-        buckets: list[Any] = []
-        total = first = 0
-        for bound in (*bounds, math.inf):
-            following = len(self._bounds) + 1 if bound == math.inf else self._bounds.index(bound) + 1
-            total += sum(series.buckets[first:following])
-            known = [series.exemplars[index] for index in range(first, following) if index in series.exemplars]
-            label = "+Inf" if bound == math.inf else str(bound)
-            if known:
-                trace_id, seconds, at = max(known, key=_time_of)
-                buckets.append((label, total, Exemplar({"trace_id": f"{trace_id:032x}"}, seconds, at)))
-            else:
-                buckets.append((label, total))
-            first = following
-        return buckets
-
-
-def _time_of(exemplar: tuple[int, float, float]) -> float:
-    return exemplar[2]
-
-
-def status_label(status: int, *, classes: bool) -> str:
-    """The label: ``2xx`` of the class 2, or the status itself."""
-    return f"{status}xx" if classes else str(int(status))
-
-
-_Families = tuple[
-    CounterMetricFamily, SummaryMetricFamily, SummaryMetricFamily, HistogramMetricFamily, HistogramMetricFamily
-]
-
-
-def _families() -> _Families:
-    return (
-        CounterMetricFamily(*_REQUESTS[:2], labels=_REQUESTS[2]),
-        SummaryMetricFamily(*_REQUEST_SIZES[:2], labels=_REQUEST_SIZES[2]),
-        SummaryMetricFamily(*_RESPONSE_SIZES[:2], labels=_RESPONSE_SIZES[2]),
-        HistogramMetricFamily(*_DURATIONS[:2], labels=_DURATIONS[2]),
-        HistogramMetricFamily(*_ROUTE_DURATIONS[:2], labels=_ROUTE_DURATIONS[2]),
-    )
-
-
-class SharedTally:
-    """The same series in the client library's own form, whose numbers other processes can read; no exemplars.
-
-    Args:
-        settings: The bounds of the buckets and the form of the label ``status``.
-        registry: Keeps the names.
-    """
-
-    def __init__(self, settings: MetricsSettings, registry: CollectorRegistry) -> None:
-        self._classes = settings.status_classes
-        self._requests = Counter(*_REQUESTS, registry=registry)
-        self._request_sizes = Summary(*_REQUEST_SIZES, registry=registry)
-        self._response_sizes = Summary(*_RESPONSE_SIZES, registry=registry)
-        self._durations = Histogram(*_DURATIONS, buckets=settings.duration_buckets, registry=registry)
-        self._route_durations = Histogram(*_ROUTE_DURATIONS, buckets=settings.route_duration_buckets, registry=registry)
-
-    def record(
-        self,
-        method: str,
-        handler: str,
-        status: int,
-        *,
-        seconds: float,
-        request_bytes: int = 0,
-        response_bytes: int = 0,
-        trace_id: int = 0,  # noqa: ARG002 - the files have no place for it
-    ) -> None:
-        """Counts one answered request; as :meth:`Tally.record`."""
-        shown = status_label(status // 100 if self._classes else status, classes=self._classes)
-        self._requests.labels(method, shown, handler).inc()
-        self._request_sizes.labels(handler).observe(request_bytes)
-        self._response_sizes.labels(handler).observe(response_bytes)
-        self._durations.observe(seconds)
-        self._route_durations.labels(method, handler).observe(seconds)
-
 
 class Recorder:
     """The series of one application, in a registry of their own; reachable as ``handle.metrics``.
@@ -385,22 +178,18 @@ class Recorder:
         clock: Clock | None = None,
     ) -> None:
         self.settings = settings = settings or MetricsSettings()
-        self.multiprocess = settings.enabled and _is_multiprocess()
+        self.multiprocess = settings.enabled and is_multiprocess()
         self.registry = registry = CollectorRegistry()
         self.requests: Tally | SharedTally | None = None
         self.functions: list[Callable[[Info], None]] = []
         self.async_functions: list[Callable[[Info], Awaitable[None]]] = []
+        buckets = fine, coarse = settings.duration_buckets, settings.route_duration_buckets
         if settings.engine == "instrumentator":
-            series = instrumentators_series(
-                registry=registry,
-                latency_highr_buckets=settings.duration_buckets,
-                latency_lowr_buckets=settings.route_duration_buckets,
-            )
-            self.add(series)
+            self.add(instrumentators_series(registry=registry, latency_highr_buckets=fine, latency_lowr_buckets=coarse))
         elif self.multiprocess:
-            self.requests = SharedTally(settings, registry)
+            self.requests = SharedTally(*buckets, status_classes=settings.status_classes, registry=registry)
         else:
-            self.requests = Tally(settings, clock=clock)
+            self.requests = Tally(*buckets, status_classes=settings.status_classes, clock=clock)
             registry.register(self.requests)
         self._in_progress = 0
         self._shared_in_progress: Gauge | None = None
@@ -449,10 +238,10 @@ class Recorder:
 
     def _count_events(self, events: Events) -> None:
         registry = self.registry
-        refusals = _Bounded(
+        refusals = BoundedCounter(
             Counter("hardening_refusals", "Requests that a layer refused.", ("layer", "problem"), registry=registry)
         )
-        facts = _Bounded(Counter("hardening_events", "Facts that concerns told.", ("event",), registry=registry))
+        facts = BoundedCounter(Counter("hardening_events", "Facts that concerns told.", ("event",), registry=registry))
         events.subscribe(RequestRefused, lambda refusal: refusals.count(refusal.layer, refusal.problem))
         events.subscribe(object, lambda event: facts.count(type(event).__name__))
 
@@ -495,7 +284,7 @@ class Recorder:
             together = CollectorRegistry()
             multiprocess.MultiProcessCollector(together)  # type: ignore[no-untyped-call]
             return together
-        return _Together(self.registry, REGISTRY) if self.settings.default_registry else self.registry
+        return Together(self.registry, REGISTRY) if self.settings.default_registry else self.registry
 
     def expose(self, *, openmetrics: bool = False) -> bytes:
         """The text that Prometheus reads; takes milliseconds, so not on the event loop."""
@@ -526,59 +315,6 @@ class Recorder:
                 server.server_close()
             if self.multiprocess:
                 multiprocess.mark_process_dead(os.getpid())  # type: ignore[no-untyped-call]
-
-
-class _Bounded:
-    """A counter whose labels come from code, and are bounded all the same, for code can be wrong."""
-
-    def __init__(self, counter: Counter) -> None:
-        self._counter = counter
-        self._known: dict[tuple[str, ...], Callable[[], None]] = {}
-
-    def count(self, *labels: str) -> None:
-        count = self._known.get(labels)
-        if count is None:
-            if len(self._known) >= _MAX_NAMES:
-                labels = (OTHER,) * len(labels)
-            count = self._known[labels] = self._counter.labels(*labels).inc
-        count()
-
-
-class _Together(Collector):
-    """Two registries read as one; of a name that both have, the first counts."""
-
-    def __init__(self, first: CollectorRegistry, second: CollectorRegistry) -> None:
-        self._registries = (first, second)
-
-    def collect(self) -> Iterable[Metric]:
-        seen = set()
-        for registry in self._registries:
-            for metric in registry.collect():
-                if metric.name not in seen:
-                    seen.add(metric.name)
-                    yield metric
-
-
-def _is_multiprocess() -> bool:
-    """Whether the client library writes to files; it decides that when it is imported."""
-    directory = os.environ.get(_MULTIPROCESS_DIRECTORY)
-    if directory is None:
-        return False
-    if not Path(directory).is_dir():
-        raise ConfigurationError(
-            f"{_MULTIPROCESS_DIRECTORY} names {directory}, which is no directory; make it, empty, before the start"
-        )
-    if values.ValueClass is values.MutexValue:
-        raise ConfigurationError(
-            f"{_MULTIPROCESS_DIRECTORY} was set after prometheus_client was imported, which is too late: set it in the "
-            "environment of the server"
-        )
-    return True
-
-
-def method_of(method: str) -> str:
-    """The method as a label: one of HTTP's own, or ``_OTHER``. A client can write anything there."""
-    return method if method in _METHODS else OTHER
 
 
 def declared_length(headers: Iterable[tuple[bytes, bytes]]) -> int:
@@ -816,13 +552,12 @@ class _Exchange:
     async def _call_functions(self) -> None:
         """Calls what was added to the recorder; what they raise is logged and reaches nobody."""
         status, headers = self._status_and_headers()
-        classes = self._recorder.settings.status_classes
         info = Info(
             request=Request(self._scope),
             response=Response(b"", status_code=status, headers=Headers(raw=list(headers))),
             method=self._method,
             modified_handler=self._handler,
-            modified_status=status_label(status // 100 if classes else status, classes=classes),
+            modified_status=status_label(status, classes=self._recorder.settings.status_classes),
             modified_duration=self._seconds,
             modified_duration_without_streaming=self._seconds_to_start,
         )

@@ -21,53 +21,37 @@ Example:
     ...     return [1, 2, 3]
 """
 
-import copy
 import inspect
 import logging
 import re
-from collections.abc import Iterable
-from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from fastapi import Response
-from fastapi.routing import iter_route_contexts
 from pydantic import Field, ValidationError, field_validator, model_validator
 from starlette.middleware.cors import ALL_METHODS, SAFELISTED_HEADERS, CORSMiddleware
 from starlette.requests import HTTPConnection
-from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core import headers as header_fields
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
 from fastapi_hardening.core.headers import RawHeaders
+from fastapi_hardening.core.mounted_cors import MountedCors, take_off
+from fastapi_hardening.core.origins import ANY, OriginList, Preflight, checked_origin, checked_pattern, origin_of
 from fastapi_hardening.core.policy import Override, mark_handled
 from fastapi_hardening.core.problem import Problem, refuse
-from fastapi_hardening.core.routes import RouteTable, route_of, table_of
+from fastapi_hardening.core.routes import route_of, table_of
 
 logger = logging.getLogger("fastapi_hardening.cors")
-
-ANY = "*"
 
 _ALLOW_ORIGIN = b"access-control-allow-origin"
 _ALLOW_ORIGIN_LENGTH = len(_ALLOW_ORIGIN)
 _VARY_LENGTH = len(b"vary")
-_REQUEST_METHOD = b"access-control-request-method"
-_REQUEST_HEADERS = b"access-control-request-headers"
-_REQUEST_PRIVATE_NETWORK = b"access-control-request-private-network"
 
 _VARY_ORIGIN = (b"vary", b"Origin")
 _VARY_PREFLIGHT = (
     "Origin, Access-Control-Request-Method, Access-Control-Request-Headers, Access-Control-Request-Private-Network"
 )
-
-# What a browser sends: scheme, host and a port that is not the scheme's own; in lower case, names as punycode.
-_ORIGIN = re.compile(
-    r"[a-z][a-z0-9+.-]*://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?", re.ASCII
-)
-_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
-# A name has at most 253 characters; what is longer is no origin, and is not shown to a pattern that may be slow.
-_LONGEST = 300
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -142,97 +126,6 @@ class CorsSettings(ConcernSettings):
         return self
 
 
-def checked_origin(text: str) -> str:
-    """An origin, or a wildcard for the subdomains of one, as browsers write it.
-
-    Raises:
-        ValueError: It is no origin, or not one that a browser would send; the message says what to write.
-    """
-    if text.lower() == "null":
-        raise ValueError(
-            "'null' is what every sandboxed frame and local file sends, of any site; serve the page from an origin"
-        )
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        local = text.startswith(("localhost", "127.", "[::1]"))
-        guess = f"{'http' if local else 'https'}://{text}".lower()
-        meant = f"; did you mean {guess!r}?" if _ORIGIN.fullmatch(guess.replace("*.", "", 1)) else ""
-        raise ValueError(f"{text!r} has no scheme, as in 'https://example.com'{meant}")
-    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    origin = f"{scheme}://{authority}".lower()
-    if authority != rest:
-        raise ValueError(f"{text!r}: an origin ends after host and port; did you mean {origin!r}?")
-    port = _DEFAULT_PORTS.get(scheme.lower())
-    if port is not None and origin.endswith(port):
-        raise ValueError(f"{text!r}: browsers leave out the default port; did you mean {origin[: -len(port)]!r}?")
-    if not origin.isascii():
-        raise ValueError(f"{text!r}: browsers send names as punycode{_punycode(scheme, authority)}")
-    host = origin.replace("://*.", "://", 1)
-    if host.endswith(":*"):
-        raise ValueError(rf"{text!r}: for any port write allow_origin_regex='{re.escape(host[:-2])}(:\d+)?'")
-    if "*" in host:
-        raise ValueError(f"{text!r}: '*' stands for subdomains only, as in 'https://*.example.com'")
-    if not _ORIGIN.fullmatch(host):
-        raise ValueError(f"{text!r} is no origin like 'https://example.com' or 'http://localhost:3000'")
-    if host != origin and "." not in host and "://localhost" not in host:
-        raise ValueError(f"{text!r} takes in a whole top-level domain; name the domain, as in 'https://*.example.com'")
-    return origin
-
-
-def _punycode(scheme: str, authority: str) -> str:
-    try:
-        return f"; did you mean '{scheme}://{authority.encode('idna').decode('ascii')}'?"
-    except UnicodeError:
-        return ""
-
-
-# Any text, followed by a letter or by nothing: what precedes a name, or what follows it, is then anybody's.
-_OPEN_END = re.compile(r"(?<!\\)\.(?:[*+]|\{[^}]*\})[?+]?(?=[A-Za-z0-9]|\)*(?:\$|\\Z)?$)")
-_NOBODYS = ("https://b9f3.invalid", "http://b9f3.invalid", "https://b9f3.invalid:8443", "https://b9f3.example.invalid")
-
-
-def checked_pattern(pattern: str) -> str:
-    """A pattern for origins that is not wider than it looks.
-
-    Raises:
-        ValueError: It is no pattern, a dot in it is not escaped, or it also matches origins of anybody.
-    """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
-    if any(compiled.fullmatch(origin) for origin in _NOBODYS):
-        raise ValueError(f"'{pattern}' matches everybody's origins; name yours, or write allow_origins='*'")
-    escaped = _with_dots_escaped(pattern)
-    if escaped != pattern:
-        # Not by its repr, which would double the backslashes of what is to be copied.
-        raise ValueError(f"'{pattern}': a dot that is not escaped stands for any character; did you mean '{escaped}'?")
-    if _OPEN_END.search(pattern):
-        raise ValueError(
-            f"'{pattern}' also matches names that only begin or end like yours; for subdomains write "
-            r"'https://(.+\.)?example\.com', for ports '(:\d+)?'"
-        )
-    return pattern
-
-
-def _with_dots_escaped(pattern: str) -> str:
-    """The pattern with every dot escaped that stands for a single character; ``.*`` is meant as it is."""
-    written: list[str] = []
-    in_class = False
-    escaped = False
-    for position, sign in enumerate(pattern):
-        if escaped:
-            escaped = False
-        elif sign == "\\":
-            escaped = True
-        elif sign in "[]":
-            in_class = sign == "["
-        elif sign == "." and not in_class and pattern[position + 1 : position + 2] not in ("*", "+", "{"):
-            written.append("\\")
-        written.append(sign)
-    return "".join(written)
-
-
 # --- problem ----------------------------------------------------------------------------------------------------------
 
 
@@ -244,43 +137,6 @@ class PreflightRefused(Problem):
 
 
 # --- engine -----------------------------------------------------------------------------------------------------------
-
-
-class Preflight(NamedTuple):
-    """What a browser asks before a call that an HTML form could not make.
-
-    Attributes:
-        origin: The origin of the page.
-        method: The method that the call will have.
-        headers: The names of the fields that it will send, separated by commas.
-        private_network: It comes from a public page to a server in a private network.
-    """
-
-    origin: bytes
-    method: bytes
-    headers: bytes = b""
-    private_network: bool = False
-
-    @classmethod
-    def of(cls, headers: Iterable[tuple[bytes, bytes]], origin: bytes) -> "Preflight | None":
-        """The question in the fields of an ``OPTIONS`` request; ``None`` if it is an ordinary one."""
-        asked: dict[bytes, bytes] = {}
-        for name, value in headers:
-            if name.startswith(b"access-control-request-"):
-                asked[name] = asked[name] + b"," + value if name in asked else value
-        method = asked.get(_REQUEST_METHOD)
-        if method is None:
-            return None
-        return cls(origin, method, asked.get(_REQUEST_HEADERS, b""), _REQUEST_PRIVATE_NETWORK in asked)
-
-
-def origin_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
-    """The origin that a request names, ``None`` without one; two make an origin that nobody has."""
-    found: bytes | None = None
-    for name, value in headers:
-        if name == b"origin":
-            found = value if found is None else b""
-    return found
 
 
 class CorsPolicy:
@@ -298,14 +154,8 @@ class CorsPolicy:
     """
 
     def __init__(self, settings: CorsSettings) -> None:
-        origins = [origin.encode("ascii") for origin in settings.allow_origins]
-        self._everybody = ANY in settings.allow_origins
-        # The scheme, and how the host and the port end.
-        self._subdomains = [
-            (scheme + b"://", rest[1:]) for scheme, _, rest in (o.partition(b"://") for o in origins) if b"*." in rest
-        ]
-        self._pattern = re.compile(settings.allow_origin_regex) if settings.allow_origin_regex else None
-        self._judges = bool(self._subdomains) or self._pattern is not None
+        self._origins = OriginList(settings.allow_origins, settings.allow_origin_regex)
+        self._everybody = self._origins.everybody
         self._credentials = ((b"access-control-allow-credentials", b"true"),) if settings.allow_credentials else ()
         exposed = ", ".join(settings.expose_headers)
         self._exposed = (header_fields.field("Access-Control-Expose-Headers", exposed),) if exposed else ()
@@ -313,7 +163,7 @@ class CorsPolicy:
         self._otherwise: tuple[tuple[bytes, bytes], ...] = (
             ((_ALLOW_ORIGIN, b"*"), *self._exposed) if self._everybody else (_VARY_ORIGIN,)
         )
-        self._known = {o: self._fields_for(o) for o in origins if b"*" not in o}
+        self._known = {origin: self._fields_for(origin) for origin in self._origins.exact}
         self._methods = frozenset(
             m.encode("ascii") for m in (ALL_METHODS if ANY in settings.allow_methods else settings.allow_methods)
         )
@@ -338,7 +188,7 @@ class CorsPolicy:
 
     def allows(self, origin: bytes) -> bool:
         """Whether pages of this origin may read answers; it is compared byte by byte, as browsers do."""
-        return self._everybody or origin in self._known or (self._judges and self._matches(origin))
+        return self._origins.admits(origin)
 
     def fields(self, origin: bytes | None) -> tuple[tuple[bytes, bytes], ...]:
         """What an answer gets for a request of this origin, or of none."""
@@ -346,7 +196,7 @@ class CorsPolicy:
             return self._otherwise
         known = self._known.get(origin)
         if known is None:
-            known = self._fields_for(origin) if self._judges and self._matches(origin) else self._otherwise
+            known = self._fields_for(origin) if self._origins.matches(origin) else self._otherwise
         return known
 
     def apply(self, headers: RawHeaders, origin: bytes | None) -> None:
@@ -390,15 +240,6 @@ class CorsPolicy:
     def _fields_for(self, origin: bytes) -> tuple[tuple[bytes, bytes], ...]:
         return (_VARY_ORIGIN, (_ALLOW_ORIGIN, origin), *self._credentials, *self._exposed)
 
-    def _matches(self, origin: bytes) -> bool:
-        text = origin.decode("latin-1")
-        if len(text) > _LONGEST or not _ORIGIN.fullmatch(text):
-            return False
-        for scheme, end in self._subdomains:
-            if origin.startswith(scheme) and origin.endswith(end) and len(origin) > len(scheme) + len(end):
-                return True
-        return self._pattern is not None and self._pattern.fullmatch(text) is not None
-
 
 def _names_in(fields: bytes) -> list[bytes]:
     return [name for part in fields.split(b",") if (name := part.strip(b" \t").lower())]
@@ -430,7 +271,8 @@ class CorsMiddleware:
     def __init__(self, app: ASGIApp, settings: CorsSettings | None = None) -> None:
         self.app = app
         self._policy = CorsPolicy.of(settings or CorsSettings())
-        self._mounted: _MountedCors | None = None
+        self._mounted: MountedCors | None = None
+        self._is_of_a_mount = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one connection."""
@@ -499,89 +341,15 @@ class CorsMiddleware:
 
         So it answers for its own paths as before, and its pages too can read what the layers between refuse.
         """
-        if "app" not in scope:
+        if "app" not in scope or self._is_of_a_mount:
             return None
         if self._mounted is None:
-            self._mounted = _MountedCors(self.app, table_of(scope["app"]))
-        return self._mounted.of(scope) if self._mounted.exist else None
-
-
-class _MountedCors:
-    """Which mounted applications have a CORS middleware of their own; looked at once, and again when routes change."""
-
-    def __init__(self, inner: ASGIApp, table: RouteTable) -> None:
-        self._inner = inner
-        self._table = table.built()
-        self._around: dict[int, tuple[Any, ASGIApp | None]] = {}
-        table.on_rebuilt.append(self._forget)
-
-    @cached_property
-    def exist(self) -> bool:
-        """Whether there is one at all; if not, as in most applications, nothing is matched."""
-        mounted = [entry.endpoint for entry in self._table if entry.kind == "mount"]
-        return any(self._own(app) is not None for app in (*self._table.applications[1:], *mounted))
-
-    def of(self, scope: Scope) -> ASGIApp | None:
-        """The one of the outermost mounted application that the router will choose and that has one.
-
-        This matches the routes in order as the router does: it is asked only for requests that name an origin, where
-        such an application is mounted.
-        """
-        app = scope["app"]
-        preflight = scope["method"] == "OPTIONS" and Preflight.of(scope["headers"], b"")
-        if preflight:
-            scope = {**scope, "method": preflight.method.decode("latin-1")}
-        while app is not None:
-            routes = getattr(getattr(app, "router", app), "routes", None)
-            app = None
-            for route in iter_route_contexts(routes or ()):
-                match, child_scope = route.matches(scope)
-                if match is Match.FULL:
-                    if isinstance(route.original_route, Mount):
-                        scope, app = {**scope, **child_scope}, route.app
-                    break
-            own = None if app is None else self._own(app)
-            if own is not None:
-                return own
-        return None
-
-    def _own(self, app: Any) -> ASGIApp | None:
-        known = self._around.get(id(app))
-        if known is None:
-            # The application is kept as well, or another one could get its id.
-            known = self._around[id(app)] = (app, self._made(app))
-        return known[1]
-
-    def _made(self, app: Any) -> Any:
-        if isinstance(app, (CORSMiddleware, CorsMiddleware)):
-            own: Any = copy.copy(app)
-            own.app = self._inner
-        else:
-            entries = [*getattr(app, "user_middleware", ()), *getattr(app, _TAKEN_OVER, ())]
-            found = [entry for entry in entries if _is_cors(entry.cls)]
-            own = found[0].cls(self._inner, *found[0].args, **found[0].kwargs) if found else None
+            self._mounted = MountedCors(self.app, table_of(scope["app"]), (CORSMiddleware, CorsMiddleware))
+        own = self._mounted.of(scope) if self._mounted.exist else None
         if isinstance(own, CorsMiddleware):
-            own._mounted = _NOTHING_MOUNTED  # noqa: SLF001 - it would find itself
+            # Or it would find itself.
+            own._is_of_a_mount = True  # noqa: SLF001
         return own
-
-    def _forget(self, _table: RouteTable) -> None:
-        self._around.clear()
-        vars(self).pop("exist", None)
-
-
-class _NothingMounted(_MountedCors):
-    """For a layer that already stands for a mounted application."""
-
-    exist = False
-
-    def __init__(self) -> None: ...
-
-
-_NOTHING_MOUNTED = _NothingMounted()
-
-
-def _is_cors(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, (CORSMiddleware, CorsMiddleware))
 
 
 # --- override ---------------------------------------------------------------------------------------------------------
@@ -639,8 +407,6 @@ class Cors(Override):
 
 # --- what the application already has ---------------------------------------------------------------------------------
 
-_TAKEN_OVER = "_fastapi_hardening_cors"
-
 
 def take_over(app: Any, settings: CorsSettings | None = None) -> CorsSettings | None:
     """Takes Starlette's ``CORSMiddleware`` off an application, and returns its settings as ours.
@@ -680,9 +446,7 @@ def take_over(app: Any, settings: CorsSettings | None = None) -> CorsSettings | 
         raise ConfigurationError(
             f"the CORSMiddleware of the application cannot be taken over; mend it where it is added:\n{sentences}"
         ) from None
-    app.user_middleware.remove(found[0])
-    # Where this application is mounted under another one, that one still has to know.
-    setattr(app, _TAKEN_OVER, found)
+    take_off(app, found[0])
     logger.warning(
         "the application's CORSMiddleware is taken over, so that it also holds for refusals and the 500 page; write "
         "its arguments as cors settings to say so yourself"

@@ -24,14 +24,11 @@ Example:
 """
 
 import asyncio
-import ipaddress
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
-from urllib.parse import unquote_to_bytes
 
 from fastapi import params
 from pydantic import BeforeValidator, Field, field_validator
@@ -39,12 +36,26 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_hardening.core import context as request_context
+from fastapi_hardening.core.body_meter import BodyLimits, BodyMeter, BodyTooLarge, BodyTooSlow, too_large
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings
 from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.headers import get, get_all
 from fastapi_hardening.core.policy import Override, dependant_of, mark_handled, overrides_of
 from fastapi_hardening.core.problem import Problem, refuse, tell
+from fastapi_hardening.core.request_head import (
+    ENDLESS,
+    PATH_FINDINGS,
+    HostList,
+    authority_of,
+    checked_host,
+    framing_mistake,
+    is_of_type,
+    length_of,
+    media_type_of,
+    target_findings,
+    well_formed_host,
+)
 from fastapi_hardening.core.routes import RouteEntry, route_of
 
 logger = logging.getLogger("fastapi_hardening.request_limits")
@@ -162,18 +173,6 @@ _OFF: dict[str, Any] = {
 # --- problems and events ----------------------------------------------------------------------------------------------
 
 
-class BodyTooLarge(Problem):
-    """The body has, or says that it has, more bytes than the route takes."""
-
-    status = 413
-
-
-class BodyTooSlow(Problem):
-    """The body came slower than its client has to send."""
-
-    status = 408
-
-
 class UriTooLong(Problem):
     """Path and query are longer than the limit."""
 
@@ -213,12 +212,6 @@ class AmbiguousRequest(Problem):
 
 class UnsafePath(Problem):
     """The path means another one than it looks like."""
-
-    status = 400
-
-
-class JsonTooDeep(Problem):
-    """Arrays and objects of the body nest deeper than the limit, or the body is not UTF-8."""
 
     status = 400
 
@@ -266,269 +259,6 @@ def _report(problem: Problem, context: RequestContext) -> None:
         context.events.emit(event)
 
 
-# --- engine: hosts and paths ------------------------------------------------------------------------------------------
-
-# RFC 3986, section 3.2.2, and the port. What else stands in a Host field breaks out of the URLs made of it.
-_HOST_BYTES = b"abcdefghijklmnopqrstuvwxyz0123456789-._~%!$&'()*+,;=:[]"
-
-
-def checked_host(pattern: str) -> str:
-    """A pattern of a host name in the form in which it is compared.
-
-    Raises:
-        ValueError: It can match no host; the message says what one looks like.
-    """
-    if pattern == "*":
-        return pattern
-    host = pattern.strip().lower().removesuffix(".")
-    name = host.removeprefix("*.")
-    if "/" in host:
-        raise ValueError(f"{pattern!r} is a URL or a path; a host is only the name, such as 'shop.example'")
-    if not host.isascii():
-        raise ValueError(f"{pattern!r} is not ASCII; write it as browsers send it: {host.encode('idna').decode()!r}")
-    address = name.startswith("[")
-    if (address and not name.endswith("]")) or (not address and ":" in name):
-        raise ValueError(f"{pattern!r} has a port, or is an IPv6 address without brackets; ports do not matter here")
-    if "*" in name or not _well_formed_host(name.encode()) or not _host_name(name.encode()):
-        raise ValueError(f"{pattern!r} is not like 'shop.example', '*.shop.example' or '[::1]'")
-    return host.removesuffix(name) + _host_name(name.encode())
-
-
-def _host_name(value: bytes) -> str:
-    """The host of a ``Host`` field without its port, in one spelling."""
-    text = value.decode("latin-1").lower()
-    if text.startswith("["):
-        try:
-            return f"[{ipaddress.IPv6Address(text[1:].partition(']')[0])}]"
-        except ValueError:
-            return ""
-    return text.partition(":")[0].removesuffix(".")
-
-
-class HostList:
-    """The hosts that are served, by name or by ``*.`` and the name above; any if there is none.
-
-    Example:
-        >>> hosts = HostList(["shop.example", "*.shop.example"])
-        >>> hosts.serves(b"SHOP.example:8443"), hosts.serves(b"eu.shop.example"), hosts.serves(b"evilshop.example")
-        (True, True, False)
-    """
-
-    def __init__(self, patterns: Iterable[str] = ()) -> None:
-        patterns = [checked_host(pattern) for pattern in patterns]
-        self._any = not patterns or "*" in patterns
-        self._names = frozenset(patterns)
-        self._endings = tuple(pattern[1:] for pattern in patterns if pattern.startswith("*."))
-
-    def serves(self, host: bytes) -> bool:
-        """Whether the host of a ``Host`` field is one of them."""
-        if self._any:
-            return True
-        name = _host_name(host)
-        # "*.shop.example" is not a name; a client that sends it literally is none of ours.
-        return "*" not in name and (name in self._names or name.endswith(self._endings))
-
-
-def _well_formed_host(host: bytes) -> bool:
-    if host.lower().translate(None, _HOST_BYTES):
-        return False
-    name, colon, port = host.rpartition(b":") if not host.endswith(b"]") and b":" in host else (host, b"", b"")
-    if colon and port and not port.isdigit():
-        return False
-    if name.startswith(b"["):
-        return name.endswith(b"]") and bool(_host_name(name))
-    return not any(c in name for c in b":[]")
-
-
-# Each unmasks one layer; who encodes more often than this is not read by anybody.
-_DECODINGS = 4
-_OVERLONG = (b"\xc0", b"\xc1", b"\xe0\x80", b"\xf0\x80\x80")
-
-_PATHS: tuple[tuple[str, str], ...] = (
-    ("path_nulls", "The path has a null byte."),
-    ("path_traversal", "The path climbs out of its directory."),
-    ("path_backslashes", "The path has a backslash."),
-    ("path_encoded_slashes", "The path has an encoded slash."),
-    ("path_parameters", "The path has a semicolon."),
-    ("path_empty_segments", "The path has an empty segment."),
-)
-
-
-def path_findings(raw: bytes) -> frozenset[str]:
-    """What is suspicious about a path as it was sent, by the names of the settings.
-
-    Example:
-        >>> sorted(path_findings(b"/files/%252e%252e%255cetc"))
-        ['path_backslashes', 'path_traversal']
-        >>> path_findings(b"/files/a..b/...;v=1")
-        frozenset({'path_parameters'})
-    """
-    found = set()
-    if b"%2f" in raw.lower():
-        found.add("path_encoded_slashes")
-    if b";" in raw:
-        found.add("path_parameters")
-    if b"//" in raw:
-        found.add("path_empty_segments")
-    for _ in range(_DECODINGS):
-        if b"\0" in raw:
-            found.add("path_nulls")
-        if b"\\" in raw:
-            found.add("path_backslashes")
-        # "..;" is what some servers make ".." of.
-        segments = raw.replace(b"\\", b"/").split(b"/")
-        if any(s == b".." or s.startswith(b"..;") for s in segments) or any(o in raw for o in _OVERLONG):
-            found.add("path_traversal")
-        decoded = unquote_to_bytes(raw)
-        if decoded == raw:
-            break
-        raw = decoded
-    return frozenset(found)
-
-
-# --- engine: the body -------------------------------------------------------------------------------------------------
-
-_KEPT = b'[]{}"'
-_DROPPED = bytes(byte for byte in range(256) if byte not in _KEPT)
-_TO_BRACES = bytes.maketrans(b"[]", b"{}")
-_STEP = {ord("{"): 1, ord("}"): -1}.__getitem__
-_FOLDS = 8
-
-# What JSON may begin with, blanks and byte order marks included; and a null byte, which UTF-16 and UTF-32 begin with.
-_JSON_STARTS = b' \t\r\n[{"-0123456789tfn\xef\xfe\xff\0'
-
-
-class JsonNesting:
-    """How deep a JSON text nests, chunk by chunk, at about a tenth of what parsing it costs.
-
-    Everything but brackets and quotes is dropped by C code, then what stands in strings. Only where more brackets open
-    than the limit leaves room for are they counted one after the other.
-
-    Args:
-        max_depth: The limit.
-
-    Example:
-        >>> nesting = JsonNesting(2)
-        >>> nesting.exceeds(b'[["[[[') or nesting.exceeds(b'"]]')
-        False
-        >>> nesting.exceeds(b"[[[")
-        True
-    """
-
-    __slots__ = ("_depth", "_escaping", "_in_string", "max_depth")
-
-    def __init__(self, max_depth: int) -> None:
-        self.max_depth = max_depth
-        self._depth = 0
-        self._in_string = False
-        self._escaping = False
-
-    def exceeds(self, chunk: bytes) -> bool:
-        """Reads on; whether some bracket opened deeper than the limit."""
-        if self._escaping:
-            chunk = b"\\" + chunk
-            self._escaping = False
-        if b"\\" in chunk:
-            chunk = chunk.replace(b"\\\\", b"").replace(b'\\"', b"")
-            self._escaping = chunk.endswith(b"\\")
-        # Two quotes side by side change nothing for what stands after them, wherever they are.
-        kept = chunk.translate(_TO_BRACES, _DROPPED).replace(b'""', b"")
-        parts = kept.split(b'"')
-        brackets = b"".join(parts[self._in_string :: 2])
-        self._in_string ^= len(parts) % 2 == 0
-        opened = brackets.count(b"{")
-        if self._depth + opened > self.max_depth and self._peak(brackets) > self.max_depth:
-            return True
-        self._depth = max(0, self._depth + 2 * opened - len(brackets))
-        return False
-
-    def _peak(self, brackets: bytes) -> int:
-        """The depth of the deepest bracket, or a bound that is within the limit."""
-        folded, folds = brackets, 0
-        # Taking away every innermost pair takes one off the depth, and most of the text.
-        while folds < _FOLDS and len(shorter := folded.replace(b"{}", b"")) < len(folded):
-            folded, folds = shorter, folds + 1
-        bound = max(accumulate(map(_STEP, folded), initial=self._depth)) + folds
-        return bound if bound <= self.max_depth else max(accumulate(map(_STEP, brackets), initial=self._depth))
-
-
-class BodyMeter:
-    """What a body has used of what it may: bytes, seconds, nesting.
-
-    Args:
-        settings: The limits.
-        is_json: Whether its nesting matters.
-    """
-
-    __slots__ = ("_grace", "_is_json", "_max_bytes", "_nesting", "_rate", "received", "waited_seconds")
-
-    def __init__(self, settings: RequestLimitsSettings, *, is_json: bool) -> None:
-        self.received = 0
-        self.waited_seconds = 0.0
-        self._is_json = is_json
-        self._nesting: JsonNesting | None = None
-        self.limit(settings)
-
-    def limit(self, settings: RequestLimitsSettings) -> None:
-        """Goes on with these limits."""
-        self._max_bytes = settings.max_body_bytes
-        self._rate = settings.min_body_bytes_per_second
-        self._grace = settings.body_grace_seconds
-        depth = settings.max_json_depth
-        if depth is None or (self.received and self._nesting is None):
-            # Nesting cannot be counted from the middle.
-            self._nesting = None
-        elif self._nesting is not None:
-            self._nesting.max_depth = depth
-        elif self._is_json:
-            self._nesting = JsonNesting(depth)
-
-    @property
-    def patience_seconds(self) -> float | None:
-        """How much longer the client may be waited for; ``None`` for ever."""
-        if self._rate is None:
-            return None
-        return max(self._grace, self.received / self._rate) - self.waited_seconds
-
-    def take(self, chunk: bytes) -> Problem | None:
-        """Counts a chunk; what it goes beyond, once each."""
-        first = not self.received
-        self.received += len(chunk)
-        if self._max_bytes is not None and self.received > self._max_bytes:
-            problem, self._max_bytes = too_large(self._max_bytes), None
-            return problem
-        if self._nesting is None or not chunk:
-            return None
-        if first and chunk[0] not in _JSON_STARTS:
-            # Compressed perhaps; no parser of JSON reads beyond this byte.
-            self._nesting = None
-            return None
-        return self._nested(chunk, self._nesting)
-
-    def _nested(self, chunk: bytes, nesting: JsonNesting) -> Problem | None:
-        # UTF-8 has no null byte in JSON. UTF-16 has, and Python's parser would read it, but the count would be wrong.
-        if b"\0" in chunk:
-            problem = JsonTooDeep("JSON has to be UTF-8 (RFC 8259, section 8.1).")
-        elif nesting.exceeds(chunk):
-            limit = {"max_json_depth": nesting.max_depth}
-            problem = JsonTooDeep("The JSON body nests too deep.", extensions=limit)
-        else:
-            return None
-        self._nesting = None
-        return problem
-
-    def give_up(self) -> Problem:
-        """What is said of a body that was waited for too long; from now on it has all the time there is."""
-        self._rate = None
-        return BodyTooSlow("The request body came too slowly.")
-
-
-def too_large(max_body_bytes: int, headers: Mapping[str, str] | None = None) -> Problem:
-    """What is said of a body that is larger than this."""
-    sentence = "The request body is larger than this route takes."
-    return BodyTooLarge(sentence, headers=headers, extensions={"max_body_bytes": max_body_bytes})
-
-
 # --- engine: the head -------------------------------------------------------------------------------------------------
 
 
@@ -570,17 +300,6 @@ def _is_structure(annotation: Any) -> bool:
     return isinstance(kind, type) and (hasattr(kind, "model_fields") or issubclass(kind, (dict, list)))
 
 
-def _is_of(media_type: str, pattern: str) -> bool:
-    kind, _, subtype = pattern.partition("/")
-    if not subtype.startswith("*"):
-        return media_type == pattern
-    return media_type.startswith(f"{kind}/") and media_type.endswith(subtype[1:])
-
-
-def _media_type(content_type: bytes | None) -> str:
-    return (content_type or b"").partition(b";")[0].strip().lower().decode("latin-1")
-
-
 class RequestPolicy:
     """The limits of one route, made once: a quick look that most requests pass, and a close one for the others.
 
@@ -605,6 +324,7 @@ class RequestPolicy:
         self._max_count = _or_endless(settings.max_header_count)
         self._max_header = _or_endless(settings.max_header_bytes)
         self._max_body = _or_endless(settings.max_body_bytes)
+        self.body_limits = _body_limits(settings)
         self._hosts = HostList(settings.allowed_hosts)
         # What the quick look remembers of values that come again and again.
         self._host_problem = lru_cache(maxsize=256)(self._look_at_host)
@@ -623,6 +343,7 @@ class RequestPolicy:
             len(fields) == len(headers) <= self._max_count
             and size <= self._max_header
             and len(raw) + len(scope["query_string"]) <= self._max_url
+            and raw.isascii()
             and b"%" not in raw
             and path[:1] == "/"
             and ".." not in path
@@ -643,20 +364,15 @@ class RequestPolicy:
         return None
 
     def _passes_body(self, length: bytes, content_type: bytes | None) -> bool:
-        if not length.isdigit() or len(length) > _DIGITS or int(length) > self._max_body:
+        if not length.isdigit() or length_of(length) > self._max_body:
             return False
         return self._type_problem(content_type) is None
 
     def findings(self, scope: Scope) -> list[Finding]:
         """Everything about a request's head that is beyond a limit; what is not refused is only to be reported."""
         found = [Finding(problem) for problem in self._head_problems(scope)]
-        routed = scope["path"].encode("utf-8", "surrogateescape")
-        sent: bytes | None = scope.get("raw_path")
-        paths = path_findings(_without_authority(routed if sent is None else sent))
-        if sent is not None and unquote_to_bytes(sent) != routed:
-            # Somebody has rewritten what the router goes by.
-            paths |= path_findings(_without_authority(routed))
-        for name, sentence in _PATHS if paths else ():
+        paths = target_findings(scope["path"], scope.get("raw_path"))
+        for name, sentence in PATH_FINDINGS if paths else ():
             verdict: Verdict = getattr(self.settings, name)
             if name in paths and verdict != "allow":
                 found.append(Finding(UnsafePath(sentence), verdict == "refuse"))
@@ -681,7 +397,7 @@ class RequestPolicy:
         if settings.strict_host and not hosts and scope.get("http_version") == "1.1":
             yield AmbiguousRequest("The request has no Host field.")
         # Where the target is a whole URL, its host counts (RFC 9112, section 3.2.2); h11 hands it on as the path.
-        for host in (*(hosts or (b"",)), *_authority(scope["path"])):
+        for host in (*(hosts or (b"",)), *authority_of(scope["path"])):
             problem = self._look_at_host(host)
             if problem is not None:
                 yield problem
@@ -689,7 +405,7 @@ class RequestPolicy:
             yield from self._body_problems(scope, headers)
 
     def _look_at_host(self, host: bytes) -> Problem | None:
-        if self.settings.strict_host and not _well_formed_host(host):
+        if self.settings.strict_host and not well_formed_host(host):
             return AmbiguousRequest("The Host field is not a host name.")
         return None if self._hosts.serves(host) else HostNotServed("This server does not serve that host.")
 
@@ -697,11 +413,11 @@ class RequestPolicy:
         lengths = get_all(headers, b"content-length")
         codings = get_all(headers, b"transfer-encoding")
         if self.settings.strict_framing:
-            mistake = _framing_mistake(scope.get("http_version"), lengths, codings)
+            mistake = framing_mistake(scope.get("http_version"), lengths, codings)
             if mistake is not None:
                 # RFC 9112, section 6.1: what follows on this connection may be a part of the attack.
                 yield AmbiguousRequest(mistake, headers=_closing(scope))
-        length = max(map(_length, lengths), default=0)
+        length = max(map(length_of, lengths), default=0)
         if length > self._max_body:
             yield too_large(self._max_body, _closing(scope))
         if length or codings:
@@ -710,56 +426,29 @@ class RequestPolicy:
                 yield problem
 
     def _look_at_type(self, content_type: bytes | None) -> Problem | None:
-        media_type = _media_type(content_type)
+        media_type = media_type_of(content_type)
         # A body that does not say what it is: what a route makes of it is FastAPI's to say; a list takes no risk.
         for types, given in (
             (self.settings.content_types, media_type or "application/octet-stream"),
             (self._declared, media_type),
         ):
-            if types and given and not any(_is_of(given, pattern) for pattern in types):
+            if types and given and not any(is_of_type(given, pattern) for pattern in types):
                 accepted = ", ".join(types)
                 return ContentTypeNotTaken(f"This route takes {accepted}.", headers={"Accept": accepted})
         return None
 
     def is_json(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
         """Whether a body may be read as JSON: it says so, or it says nothing on a route that declares JSON."""
-        media_type = _media_type(get(headers, b"content-type"))
+        media_type = media_type_of(get(headers, b"content-type"))
         return "json" in media_type or (not media_type and "application/json" in self._declared)
 
 
-_ENDLESS = 2**63
-_DIGITS = 18
-
-
-def _length(value: bytes) -> int:
-    if not value.isdigit():
-        return 0
-    # Reading a number takes a time that grows with the square of its digits.
-    return int(value) if len(value) <= _DIGITS else _ENDLESS + 1
-
-
 def _or_endless(limit: int | None) -> int:
-    return _ENDLESS if limit is None else limit
+    return ENDLESS if limit is None else limit
 
 
-def _without_authority(path: bytes) -> bytes:
-    scheme, separator, rest = path.partition(b"://")
-    return b"/" + rest.partition(b"/")[2] if separator and b"/" not in scheme else path
-
-
-def _authority(path: str) -> tuple[bytes, ...]:
-    scheme, separator, rest = path.partition("://")
-    return (rest.partition("/")[0].encode("utf-8", "surrogateescape"),) if separator and "/" not in scheme else ()
-
-
-def _framing_mistake(version: str | None, lengths: list[bytes], codings: list[bytes]) -> str | None:
-    if codings and lengths:
-        return "The request has both Content-Length and Transfer-Encoding."
-    if codings and (version == "1.0" or [coding.strip().lower() for coding in codings] != [b"chunked"]):
-        return "The Transfer-Encoding is not one that is read here."
-    if len(set(lengths)) > 1:
-        return "The request has several Content-Length fields that differ."
-    return None if all(value.isdigit() for value in lengths) else "The Content-Length is not a number."
+def _body_limits(settings: RequestLimitsSettings) -> BodyLimits:
+    return BodyLimits._make(getattr(settings, name) for name in BodyLimits._fields)
 
 
 def _closing(scope: Scope) -> dict[str, str] | None:
@@ -912,7 +601,7 @@ class _Body:
     def __init__(self, policy: RequestPolicy, scope: Scope, receive: Receive, send: Send, clock: Clock) -> None:
         self.answering = False
         self.refusal: Problem | None = None
-        self._meter = BodyMeter(policy.settings, is_json=policy.is_json(scope["headers"]))
+        self._meter = BodyMeter(policy.body_limits, is_json=policy.is_json(scope["headers"]))
         self._settings = policy.settings
         self._scope = scope
         self._receive = receive
@@ -948,7 +637,7 @@ class _Body:
         """Goes on with the limits of an override that was learnt of late; raises if they are exceeded already."""
         settings = _changed(self._settings, changes)
         self._settings = settings if settings.enabled else _changed(settings, _OFF)
-        self._meter.limit(self._settings)
+        self._meter.limit(_body_limits(self._settings))
         self.count(b"")
 
     def count(self, chunk: bytes) -> None:

@@ -23,7 +23,8 @@ from starlette.websockets import WebSocketDisconnect
 
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import ManualClock
-from fastapi_hardening.core.logs import JsonFormatter, QueuedHandler
+from fastapi_hardening.core.log_handlers import QueuedHandler
+from fastapi_hardening.core.logs import JsonFormatter
 from fastapi_hardening.observability.access_log import (
     AccessLog,
     AccessLogMiddleware,

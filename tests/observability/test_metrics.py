@@ -34,17 +34,15 @@ from fastapi_hardening.core.context import RequestContext, ensure
 from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.policy import allow_everybody
 from fastapi_hardening.core.problem import Problem, refuse
+from fastapi_hardening.core.tally import SharedTally, Tally, method_of
 from fastapi_hardening.observability.metrics import (
     OPENMETRICS,
     PLAIN,
     MetricsMiddleware,
     MetricsSettings,
     Recorder,
-    SharedTally,
-    Tally,
     accepts_openmetrics,
     declared_length,
-    method_of,
 )
 
 TOKEN = "0123456789abcdef"
@@ -78,7 +76,7 @@ def value(recorder: Recorder, name: str, **labels: str) -> float | None:
 
 def test_a_request_is_one_of_its_series_and_its_duration_is_in_its_buckets() -> None:
     """The names, labels and groups of the instrumentator."""
-    tally = Tally(MetricsSettings())
+    tally = Tally((0.1, 0.25), (0.5,))
     tally.record("GET", "/items/{id}", 404, seconds=0.2, request_bytes=3, response_bytes=5)
     samples = samples_of(tally.collect())
     item = ("handler", "/items/{id}")
@@ -107,9 +105,9 @@ RECORDS = st.lists(
 @given(RECORDS, st.booleans())
 def test_plain_numbers_give_the_same_series_as_the_client_library(records: list[Any], classes: bool) -> None:
     """Whatever is recorded, with buckets of which one set does not hold the other."""
-    settings = MetricsSettings(status_classes=classes, duration_buckets=(0.1, 0.5, 2), route_duration_buckets=(0.3, 1))
-    tally, registry = Tally(settings), CollectorRegistry()
-    shared = SharedTally(settings, registry)
+    registry = CollectorRegistry()
+    tally = Tally((0.1, 0.5, 2), (0.3, 1), status_classes=classes)
+    shared = SharedTally((0.1, 0.5, 2), (0.3, 1), status_classes=classes, registry=registry)
     for method, handler, status, seconds, request_bytes, response_bytes in records:
         for each in (tally, shared):
             each.record(

@@ -14,14 +14,12 @@ from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
 from fastapi_hardening.core.configuration import ConfigurationError
+from fastapi_hardening.core.origins import Preflight, checked_origin, origin_of
 from fastapi_hardening.security.cors import (
     Cors,
     CorsMiddleware,
     CorsPolicy,
     CorsSettings,
-    Preflight,
-    checked_origin,
-    origin_of,
     take_over,
 )
 
