@@ -8,8 +8,8 @@ Example:
     >>> import io
     >>> handler = QueuedHandler(io.StringIO(), max_records=100)
     >>> handler.setFormatter(line_formatter("json"))
-    >>> handler.handle(logging.makeLogRecord({"name": "shop", "levelname": "INFO", "msg": "paid", "created": 0}))
-    True
+    >>> record = logging.makeLogRecord({"name": "shop", "levelname": "INFO", "msg": "paid", "created": 0})
+    >>> taken = handler.handle(record)
     >>> handler.close()
     >>> handler.dropped
     0
