@@ -48,6 +48,9 @@ def get_all(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
 
 def replace(headers: RawHeaders, name: bytes, value: bytes) -> None:
     """Sets a field in place and drops every earlier line of it, whatever the case of its name."""
-    if name in [key.lower() for key, _ in headers]:
-        headers[:] = [pair for pair in headers if pair[0].lower() != name]
+    length = len(name)
+    for key, _ in headers:
+        if len(key) == length and key.lower() == name:
+            headers[:] = [pair for pair in headers if pair[0].lower() != name]
+            break
     headers.append((name, value))

@@ -22,9 +22,9 @@ import sys
 import threading
 from collections.abc import Iterable
 from queue import SimpleQueue
-from typing import TextIO
+from typing import Any, TextIO
 
-from fastapi_hardening.core.logs import CorrelationFilter, LogFormat, line_formatter
+from fastapi_hardening.core.logs import CorrelationFilter, JsonFormatter, LogFormat, line_formatter, write
 from fastapi_hardening.core.redaction import RedactionFilter
 
 PACKAGE = "fastapi_hardening"
@@ -154,6 +154,40 @@ class _LastResort(LineHandler):
         if logging.root.handlers or len(_package.handlers) > 1:
             return False
         return bool(super().handle(record))
+
+    def is_alone(self, logger: logging.Logger) -> bool:
+        """Whether a record of this logger would go here only, and nothing of the application would look at it."""
+        return (
+            self in _package.handlers
+            and len(_package.handlers) == 1
+            and not (logging.root.handlers or logger.handlers or logger.filters or _package.filters)
+            and logger.propagate
+            and logging.getLogRecordFactory() is logging.LogRecord
+        )
+
+    def write_line(self, formatter: JsonFormatter, level: int, fields: dict[str, Any], created: float) -> None:
+        """Writes fields without making a record of them, which is half of the work."""
+        line = formatter.line(created, logging.getLevelName(level), fields)
+        stream = self._stream or sys.stdout
+        self.acquire()
+        try:
+            stream.write(line + "\n")
+            stream.flush()
+        except Exception:  # noqa: BLE001 - what logging does with it is the application's to configure
+            self.handleError(logging.makeLogRecord({"msg": line}))
+        finally:
+            self.release()
+
+
+def write_fields(
+    logger: logging.Logger, level: int, fields: dict[str, Any], message: str, args: tuple[Any, ...], *, created: float
+) -> None:
+    """Logs fields that are clean already, as :func:`~fastapi_hardening.core.logs.write` does, by the shortest way."""
+    formatter = _last_resort.formatter
+    if isinstance(formatter, JsonFormatter) and _last_resort.is_alone(logger):
+        _last_resort.write_line(formatter, level, fields, created)
+    else:
+        write(logger, level, fields, message, args, created=created)
 
 
 _package = logging.getLogger(PACKAGE)

@@ -167,21 +167,30 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
-        second = int(record.created)
-        known, prefix = self._second
-        if known != second:
-            prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-            self._second = (second, prefix)
-        head = f'{{"time":"{prefix}.{int(record.created % 1 * 1000):03d}Z","level":{_quoted(record.levelname.lower())},'
         fields = record.__dict__.get("_fields")
         if fields is None:
-            head += f'"logger":{_quoted(record.name)},'
-            fields = {"message": record.getMessage()}
+            fields = {"logger": record.name, "message": record.getMessage()}
             for name, value in _extras(record):
                 fields[f"extra_{name}" if name in _OURS else name] = value
             text = _traceback(self, record)
             if text:
                 fields["exception"] = self._redactor.text(text)
+        return self.line(record.created, record.levelname, fields)
+
+    def line(self, created: float, level: str, fields: Mapping[str, Any]) -> str:
+        """The line of fields that are clean already.
+
+        Args:
+            created: When it happened, in seconds since the epoch.
+            level: The name of the level.
+            fields: What it says, in this order behind time and level.
+        """
+        second = int(created)
+        known, prefix = self._second
+        if known != second:
+            prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            self._second = (second, prefix)
+        head = f'{{"time":"{prefix}.{int(created % 1 * 1000):03d}Z","level":{_quoted(level.lower())},'
         return head + to_json(fields)[1:]
 
 

@@ -29,8 +29,15 @@ from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings, did_you_mean
 from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.headers import field
-from fastapi_hardening.core.log_handlers import LineHandler, QueuedHandler, flush, make_visible, take_over_root
-from fastapi_hardening.core.logs import LogFormat, printable, trace_id_of, write
+from fastapi_hardening.core.log_handlers import (
+    LineHandler,
+    QueuedHandler,
+    flush,
+    make_visible,
+    take_over_root,
+    write_fields,
+)
+from fastapi_hardening.core.logs import LogFormat, printable, trace_id_of
 from fastapi_hardening.core.redaction import REDACTED, Redactor
 from fastapi_hardening.core.routes import route_of
 
@@ -265,7 +272,7 @@ class AccessLog:
             fields["error"] = type(exchange.error).__name__
         self._add_options(fields, exchange, scope, path)
         said = (fields["method"], fields["route"], outcome if status is None else status, fields["duration_ms"])
-        write(logger, level, fields, "%s %s %s in %s ms", said, created=self._time())
+        write_fields(logger, level, fields, "%s %s %s in %s ms", said, created=self._time())
 
     def _fields(
         self, exchange: HttpExchange, context: RequestContext, scope: Scope, outcome: Outcome

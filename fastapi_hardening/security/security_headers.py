@@ -42,6 +42,9 @@ from fastapi_hardening.core.routes import route_of
 _STARTS = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
 _HTML = (b"text/html", b"application/xhtml+xml")
 
+# Answers of one application have a few sets of field names; those of an attacker's making are not remembered.
+_MOST_SHAPES = 64
+
 _NONCE = "'nonce-{nonce}'"
 
 STRICT_CSP = (
@@ -207,9 +210,12 @@ class HeaderPolicy:
         self._enabled = settings.enabled
         insisted = frozenset(name.removeprefix("api_").replace("_", "-").encode("ascii") for name in insisted_on)
         ours = frozenset(name for headers in self._sets.values() for name in headers.names)
+        self._removed = frozenset(name.lower().encode("latin-1") for name in settings.remove)
+        self._touched = ours | self._removed
+        # Where the content type stands in answers that set nothing that concerns us, by the names of their fields.
+        self._simple: dict[tuple[bytes, ...], int] = {}
         # Of these fields ours stays when the application has set its own.
         self._replacing = ours if settings.on_conflict == "replace" else ours & insisted
-        self._removed = frozenset(name.lower().encode("latin-1") for name in settings.remove)
 
     def apply(
         self, headers: Iterable[tuple[bytes, bytes]], *, tls: bool, nonce: str | None = None
@@ -224,6 +230,12 @@ class HeaderPolicy:
         answer = list(headers)
         if not self._enabled:
             return answer
+        shape = tuple([name for name, _ in answer])
+        at = self._simple.get(shape)
+        if at is not None and nonce is None:
+            html = at >= 0 and answer[at][1].lower().startswith(_HTML)
+            answer += self._plain[html, tls].fields
+            return answer
         names = {name.lower() for name, _ in answer}
         content_type = header_fields.get(answer, b"content-type") if b"content-type" in names else None
         kind = (content_type is not None and content_type.lower().startswith(_HTML), tls)
@@ -236,6 +248,8 @@ class HeaderPolicy:
         if not names.isdisjoint(self._removed):
             answer = [pair for pair in answer if pair[0].lower() not in self._removed]
         if names.isdisjoint(ours.names):
+            if names.isdisjoint(self._touched) and len(self._simple) < _MOST_SHAPES:
+                self._simple[shape] = shape.index(b"content-type") if b"content-type" in shape else -1
             answer += ours.fields
             return answer
         replaced = names & self._replacing & ours.names

@@ -21,7 +21,13 @@ from pydantic import BaseModel
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.client_ip import NO_ADDRESS
 from fastapi_hardening.core.context import RequestContext
-from fastapi_hardening.core.log_handlers import LineHandler, QueuedHandler, make_visible, take_over_root
+from fastapi_hardening.core.log_handlers import (
+    LineHandler,
+    QueuedHandler,
+    make_visible,
+    take_over_root,
+    write_fields,
+)
 from fastapi_hardening.core.logs import (
     CorrelationFilter,
     JsonFormatter,
@@ -537,3 +543,40 @@ def test_fields_are_attributes_of_the_record_for_formatters_of_others() -> None:
         # A formatter of anybody finds what it may ask for.
         assert logging.Formatter("%(asctime)s %(process)d %(levelname)s %(filename)s %(message)s").format(noted)
     assert seen[1].mine
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_the_short_way_writes_the_line_that_the_long_one_writes(
+    capsys: pytest.CaptureFixture[str], log_format: Any
+) -> None:
+    """Whether the record is made or left out, and only where nobody but us would see it."""
+    lines = []
+    with bare_logging():
+        logger = logging.getLogger("fastapi_hardening.short")
+        make_visible(logger, log_format)
+        for looked_at in (False, True):
+            if looked_at:
+                logger.addFilter(lambda record: True)
+            write_fields(logger, logging.INFO, {"event": "request"}, "%s", ("request",), created=0.0)
+            lines.append(capsys.readouterr().out)
+        assert lines[0] == lines[1] != ""
+        logging.getLogger().addHandler(logging.NullHandler())
+        write_fields(logger, logging.INFO, {"event": "request"}, "%s", ("request",), created=0.0)
+        assert capsys.readouterr().out == ""
+
+
+def test_a_stream_that_fails_does_not_fail_the_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Logging says so in its own way, as far as the application lets it."""
+
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError("no space left")
+
+    with bare_logging():
+        logger = logging.getLogger("fastapi_hardening.broken")
+        make_visible(logger, "json")
+        monkeypatch.setattr("sys.stdout", Broken())
+        write_fields(logger, logging.INFO, {"event": "request"}, "%s", ("request",), created=0.0)
+    assert "no space left" in capsys.readouterr().err
