@@ -8,7 +8,6 @@ path, a custom router), it acts by itself. So a path that a layer misjudged neve
 Of several overrides of one class on a route the innermost counts, unless the class says that all hold.
 """
 
-import ipaddress
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from fastapi_hardening.core import context as request_context
+from fastapi_hardening.core.client_ip import parse_address
 from fastapi_hardening.core.problem import Problem
 
 Guard = Callable[[HTTPConnection], Awaitable[None]]
@@ -125,11 +125,8 @@ async def allow_private_peers(connection: HTTPConnection) -> None:
     """
     forwarded = (b"x-forwarded-for", b"forwarded", b"x-real-ip", b"via", b"x-forwarded-host")
     peer = connection.scope.get("client")
-    try:
-        private = peer is not None and ipaddress.ip_address(peer[0]).is_private
-    except ValueError:
-        private = False
-    if not private or any(name in forwarded for name, _ in connection.scope["headers"]):
+    ip = parse_address(peer[0]) if peer else None
+    if ip is None or not ip.is_private or any(name in forwarded for name, _ in connection.scope["headers"]):
         raise GuardRefused
 
 

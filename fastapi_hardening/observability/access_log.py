@@ -271,7 +271,7 @@ class AccessLog:
         if exchange.error is not None:
             fields["error"] = type(exchange.error).__name__
         self._add_options(fields, exchange, scope, path)
-        said = (fields["method"], fields["route"], outcome if status is None else status, fields["duration_ms"])
+        said = (fields["method"], fields["route"] or "-", outcome if status is None else status, fields["duration_ms"])
         write_fields(logger, level, fields, "%s %s %s in %s ms", said, created=self._time())
 
     def _fields(

@@ -163,6 +163,7 @@ def test_a_private_peer_is_let_in_unless_it_forwards(field: str) -> None:
     assert lets_in(allow_private_peers, "127.0.0.1")
     assert not lets_in(allow_private_peers, **{field: "127.0.0.1"})
     assert not lets_in(allow_private_peers, "8.8.8.8")
+    assert not lets_in(allow_private_peers, "::ffff:8.8.8.8")
     assert not lets_in(allow_private_peers, "testclient")
     assert not lets_in(allow_private_peers, None)
 
