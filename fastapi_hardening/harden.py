@@ -29,6 +29,7 @@ from fastapi_hardening.observability.access_log import AccessLogMiddleware
 from fastapi_hardening.observability.health import HealthMiddleware
 from fastapi_hardening.observability.metrics import MetricsMiddleware
 from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware
+from fastapi_hardening.performance.fast_routing import FastRouting
 from fastapi_hardening.resilience.drain import DrainMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.cors import CorsMiddleware, take_over
@@ -132,7 +133,7 @@ def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | Non
                 handle.lifecycle.finish("lifespan")
                 yield state
 
-    app.router.middleware_stack = _AfterMiddlewares(app.router.middleware_stack, handle.table)
+    app.router.middleware_stack = FastRouting(app.router, handle.table, handle.settings.routing)
     app.build_middleware_stack = build_hardened_stack  # type: ignore[method-assign]
     app.router.lifespan_context = hardened_lifespan
     if handle.settings.errors.enabled and handle.settings.errors.format == "problem":
@@ -194,20 +195,6 @@ def _context_maker(handle: Hardening) -> ContextMaker:
         clock=handle.clock,
         hardened=True,
     )
-
-
-class _AfterMiddlewares:
-    """Looks the route up again where a middleware of the application has changed the path that is asked for."""
-
-    def __init__(self, app: ASGIApp, table: RouteTable) -> None:
-        self.app = app
-        self._table = table
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = request_context.of(scope)
-        if context is not None and scope["path"] != context.path and "app_root_path" not in scope:
-            context.path, context.route = scope["path"], self._table.find(scope)
-        await self.app(scope, receive, send)
 
 
 class _StepAside:

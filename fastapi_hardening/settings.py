@@ -27,6 +27,7 @@ from fastapi_hardening.observability.access_log import AccessLogSettings
 from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
+from fastapi_hardening.performance.fast_routing import RoutingSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.security.rate_limit import RateLimitSettings
@@ -72,13 +73,6 @@ class InputValidationSettings(NotBuiltYet):
 
     mode: Literal["off", "report", "enforce"] = "report"
     """Whether findings are ignored, reported or refused."""
-
-
-class RoutingSettings(NotBuiltYet):
-    """Routing by the table; planned."""
-
-    fast: bool = False
-    """Whether the router is handed only the routes that can match."""
 
 
 Environment = Literal["production", "staging", "development"]
@@ -206,7 +200,7 @@ class Settings(BaseSettings):
     """Deadlines of handlers; planned."""
 
     routing: RoutingSettings = RoutingSettings()
-    """Routing by the table; planned."""
+    """How the router is called."""
 
     _sources: dict[Key, str] = PrivateAttr(default_factory=dict)
 

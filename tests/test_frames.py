@@ -195,7 +195,7 @@ async def test_each_layer_adds_at_most_one_function_on_the_way_out(asked: str) -
     passed = hardened.outside[0].sends
     assert all(stack.sends == passed for stack in hardened.outside)
     # The first is the frame in front of the router, which sends nothing itself.
-    assert passed[0] == "our harden"
+    assert passed[0] == "our fast_routing"
     assert passed[1:] == [layer for layer in reversed(layers_of(hardened)) if layer in passed[1:]]
     assert "our security_headers" in passed
     # Starlette's ServerErrorMiddleware looks at the messages of HTTP, and lets a websocket through without a frame.

@@ -90,6 +90,10 @@ class RouteTable:
         """
         return self._current().find(scope, scope["path"], scope.get("root_path", ""))
 
+    def candidates(self, scope: Scope) -> Sequence["Candidate"]:
+        """The routes of the application itself that could match: all that do, in their order, and few others."""
+        return self._current().candidates(route_path(scope["path"], scope.get("root_path", "")))
+
     def __iter__(self) -> Iterator[RouteEntry]:
         """Every entry, in the order of declaration, mounts looked into."""
         return self._current().entries()
@@ -146,8 +150,15 @@ def route_of(scope: Scope) -> RouteEntry:
 _NO_ROUTER = RouteEntry(None, kind="unmatched")
 
 
-class _Candidate:
-    """A route at its place in the order, and whether a path reaches it."""
+class Candidate:
+    """A route at its place in the order, and whether a path reaches it.
+
+    Attributes:
+        order: Its place.
+        route: FastAPI's ``RouteContext`` of it.
+        entry: What the layers are told.
+        regex: The pattern of its path, if it has one.
+    """
 
     __slots__ = ("entry", "order", "regex", "route")
 
@@ -169,7 +180,7 @@ class _Candidate:
         return entry, entry.methods is None or scope.get("method") in entry.methods
 
 
-class _Mounted(_Candidate):
+class _Mounted(Candidate):
     """A mount; what is mounted has routes of its own, or is taken as it is."""
 
     __slots__ = ("inside",)
@@ -188,7 +199,7 @@ class _Mounted(_Candidate):
         return self.inside.find(scope, full_path, self.inside.root_path or root_path + consumed), True
 
 
-class _Foreign(_Candidate):
+class _Foreign(Candidate):
     """A route with matching code of its own, which is asked; behind a ``Host`` there may be routes to look into."""
 
     __slots__ = ("inside",)
@@ -204,6 +215,10 @@ class _Foreign(_Candidate):
         return (None if match is Match.NONE else self.entry), match is Match.FULL
 
 
+# Where a pattern alone does not say whether the route matches.
+_Unfiltered = (_Mounted, _Foreign)
+
+
 class _Node:
     """One segment of the paths below a level: what follows by its text, by any text, and what swallows the rest."""
 
@@ -212,8 +227,8 @@ class _Node:
     def __init__(self) -> None:
         self.segments: dict[str, _Node] = {}
         self.anything: _Node | None = None
-        self.ends: list[_Candidate] = []
-        self.tails: list[_Candidate] = []
+        self.ends: list[Candidate] = []
+        self.tails: list[Candidate] = []
 
 
 class _Level:
@@ -225,8 +240,8 @@ class _Level:
         self.root_path: str = getattr(app, "root_path", "") or ""
         self._redirects: bool = getattr(router, "redirect_slashes", False)
         self._root = _Node()
-        self._exact: dict[str, list[_Candidate]] = {}
-        self._all: list[_Candidate] = []
+        self._exact: dict[str, list[Candidate]] = {}
+        self._all: list[Candidate] = []
         self._everywhere = _merge(inherited, overrides_in(getattr(router, "dependencies", ())))
         self._default = RouteEntry(None, kind="unmatched", overrides=self._everywhere)
         if hasattr(app, "exception_handlers"):
@@ -241,11 +256,11 @@ class _Level:
             path = candidate.entry.template
             if candidate.entry.kind in ("http", "websocket") and path is not None and "{" not in path:
                 path = path[len(prefix) :]
-                self._exact[path] = [c for c in self._walk(path) if isinstance(c, _Mounted) or c.admits(path)]
+                self._exact[path] = [c for c in self._walk(path) if isinstance(c, _Unfiltered) or c.admits(path)]
 
     def entries(self) -> Iterator[RouteEntry]:
         for candidate in self._all:
-            if isinstance(candidate, (_Mounted, _Foreign)) and candidate.inside is not None:
+            if isinstance(candidate, _Unfiltered) and candidate.inside is not None:
                 yield from candidate.inside.entries()
             else:
                 yield candidate.entry
@@ -268,12 +283,17 @@ class _Level:
             partial = partial or entry
         return partial
 
-    def _walk(self, path: str) -> list[_Candidate]:
+    def candidates(self, path: str) -> list[Candidate]:
+        """Every route that could match a path, in the order of declaration, and few others."""
+        known = self._exact.get(path)
+        return self._walk(path) if known is None else known
+
+    def _walk(self, path: str) -> list[Candidate]:
         """The candidates for a path, in the order of declaration: every route that could match, and few others."""
         if "\n" in path:
             # The router's patterns end in ``$``, which also matches before a final line break.
             return self._all
-        found: list[_Candidate] = []
+        found: list[Candidate] = []
         nodes = [self._root]
         for segment in path.split("/")[1:]:
             following: list[_Node] = []
@@ -317,15 +337,15 @@ class _Level:
         if isinstance(route.original_route, (Mount, Host)) and isinstance(_router(app), Router):
             inside = _Level(table, app, self._prefix + (path or ""), everywhere)
         if kind == "mount":
-            candidate: _Candidate = _Mounted(order, route, entry, inside)
+            candidate: Candidate = _Mounted(order, route, entry, inside)
         elif kind == "other":
             candidate = _Foreign(order, route, entry, inside)
         else:
-            candidate = _Candidate(order, route, entry)
+            candidate = Candidate(order, route, entry)
         self._all.append(candidate)
         self._place(candidate, path)
 
-    def _place(self, candidate: _Candidate, path: str | None) -> None:
+    def _place(self, candidate: Candidate, path: str | None) -> None:
         node = self._root
         if isinstance(candidate, _Foreign) or path is None:
             node.tails.append(candidate)
@@ -464,5 +484,5 @@ def _overlap(outer: Sequence[Override], inner: Sequence[Override]) -> int:
     return 0
 
 
-def _by_order(candidate: _Candidate) -> int:
+def _by_order(candidate: Candidate) -> int:
     return candidate.order

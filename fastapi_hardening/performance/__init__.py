@@ -1,0 +1,1 @@
+"""Concerns that make an application faster."""
