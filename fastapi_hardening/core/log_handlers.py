@@ -165,9 +165,8 @@ class _LastResort(LineHandler):
             and logging.getLogRecordFactory() is logging.LogRecord
         )
 
-    def write_line(self, formatter: JsonFormatter, level: int, fields: dict[str, Any], created: float) -> None:
-        """Writes fields without making a record of them, which is half of the work."""
-        line = formatter.line(created, logging.getLevelName(level), fields)
+    def write_line(self, line: str) -> None:
+        """Writes what is a line already, without making a record of it, which is half of the work."""
         stream = self._stream or sys.stdout
         self.acquire()
         try:
@@ -183,11 +182,22 @@ def write_fields(
     logger: logging.Logger, level: int, fields: dict[str, Any], message: str, args: tuple[Any, ...], *, created: float
 ) -> None:
     """Logs fields that are clean already, as :func:`~fastapi_hardening.core.logs.write` does, by the shortest way."""
-    formatter = _last_resort.formatter
-    if isinstance(formatter, JsonFormatter) and _last_resort.is_alone(logger):
-        _last_resort.write_line(formatter, level, fields, created)
-    else:
+    formatter = shortest_way(logger)
+    if formatter is None:
         write(logger, level, fields, message, args, created=created)
+    else:
+        write_line(formatter.line(created, logging.getLevelName(level), fields))
+
+
+def shortest_way(logger: logging.Logger) -> JsonFormatter | None:
+    """What makes the lines of a logger, if they go to standard output as JSON and nobody else looks at the records."""
+    formatter = _last_resort.formatter
+    return formatter if isinstance(formatter, JsonFormatter) and _last_resort.is_alone(logger) else None
+
+
+def write_line(line: str) -> None:
+    """Writes a line whose maker :func:`shortest_way` has told."""
+    _last_resort.write_line(line)
 
 
 _package = logging.getLogger(PACKAGE)

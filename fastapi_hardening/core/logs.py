@@ -17,7 +17,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from json.encoder import encode_basestring_ascii as _quoted
+from json.encoder import encode_basestring_ascii
 from typing import Any, Literal
 
 from opentelemetry import trace
@@ -30,6 +30,9 @@ LogFormat = Literal["json", "text"]
 
 _OURS = frozenset({"time", "level", "logger", "exception"})
 _NONE = "-"
+
+quoted = encode_basestring_ascii
+"""A text as a string of JSON, in ASCII."""
 
 
 # --- which request ----------------------------------------------------------------------------------------------------
@@ -47,6 +50,8 @@ def trace_id_of(context: RequestContext | None) -> str | None:
         if found is not None:
             return found[1].decode("ascii")
     span = trace.get_current_span()
+    if span is trace.INVALID_SPAN:
+        return None
     return format(span.get_span_context().trace_id, "032x") if span.is_recording() else None
 
 
@@ -83,14 +88,14 @@ def to_json(fields: Mapping[str, Any]) -> str:
         return _encode(fields)
     except (TypeError, ValueError, RecursionError):
         # A key that is no text, a NaN, a structure in itself: by the parts that can be written.
-        return "{" + ",".join(f"{_quoted(name)}:{_part(value)}" for name, value in fields.items()) + "}"
+        return "{" + ",".join(f"{quoted(name)}:{_part(value)}" for name, value in fields.items()) + "}"
 
 
 def _part(value: Any) -> str:
     try:
         return _encode(value)
     except (TypeError, ValueError, RecursionError):
-        return _quoted(_as_text(value))
+        return quoted(_as_text(value))
 
 
 def _as_text(value: Any) -> str:
@@ -185,13 +190,16 @@ class JsonFormatter(logging.Formatter):
             level: The name of the level.
             fields: What it says, in this order behind time and level.
         """
+        return self.head(created, level) + to_json(fields)[1:]
+
+    def head(self, created: float, level: str) -> str:
+        """How a line begins: the brace, time and level, each with its comma."""
         second = int(created)
         known, prefix = self._second
         if known != second:
             prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
             self._second = (second, prefix)
-        head = f'{{"time":"{prefix}.{int(created % 1 * 1000):03d}Z","level":{_quoted(level.lower())},'
-        return head + to_json(fields)[1:]
+        return f'{{"time":"{prefix}.{int((created - second) * 1000):03d}Z","level":"{level.lower()}",'
 
 
 class TextFormatter(logging.Formatter):
@@ -215,7 +223,7 @@ class TextFormatter(logging.Formatter):
             # What the message says already need not be said twice.
             if value is not None and (name == "request_id" or value not in said):
                 text = printable(_as_text(value))
-                line += f" {printable(name)}={_quoted(text) if ' ' in text or not text else text}"
+                line += f" {printable(name)}={quoted(text) if ' ' in text or not text else text}"
         text = self._redactor.text(_traceback(self, record))
         # Indented, or the text of an exception could pass for a line of its own.
         return line + "".join(f"\n    | {printable(part)}" for part in text.splitlines())

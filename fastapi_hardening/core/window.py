@@ -117,14 +117,15 @@ class TokenBucket:
         debt = 0.0 if state is None or state < now else state - now
         after = debt + self._interval * cost
         if after <= self._window + _EPSILON:
-            return self._decision(allowed=True, debt=after, retry=0.0), now + after
+            return self._decision(True, after, 0.0), now + after  # noqa: FBT003
         retry = math.inf if cost > self._quota else after - self._window
-        return self._decision(allowed=False, debt=debt, retry=retry), now + debt
+        return self._decision(False, debt, retry), now + debt  # noqa: FBT003
 
-    def _decision(self, *, allowed: bool, debt: float, retry: float) -> Decision:
-        remaining = int((self._window - debt) / self._interval + _EPSILON)
-        following = max(0.0, debt - (self._quota - remaining - 1) * self._interval)
-        return Decision(allowed, remaining, following if debt else 0.0, retry, debt)
+    def _decision(self, allowed: bool, debt: float, retry: float) -> Decision:  # noqa: FBT001 - named ones cost more
+        interval = self._interval
+        remaining = int((self._window - debt) / interval + _EPSILON)
+        following = debt - (self._quota - remaining - 1) * interval if debt else 0.0
+        return Decision(allowed, remaining, max(0.0, following), retry, debt)
 
 
 class FixedWindow:
@@ -236,8 +237,14 @@ class Limiter:
 
     def hit(self, key: str, cost: int = 1) -> Decision:
         """Spends ``cost`` units of a key if it has them; a refusal spends nothing, and a cost of 0 only looks."""
-        now = self._now()
-        key, state = self._find(key, now)
+        now = self._monotonic()
+        if self._latest <= now < self._rotates_at:
+            self._latest = now
+        else:
+            now = self._now()
+        state = self._young.get(key)
+        if state is None or self._gone:
+            key, state = self._find(key, now)
         decision, state = self._algorithm.decide(state, now, cost)
         if decision.allowed and cost:
             self._young[key] = state

@@ -19,6 +19,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, Literal, TextIO
 
 from pydantic import Field, field_validator
@@ -28,16 +29,18 @@ from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings, did_you_mean
 from fastapi_hardening.core.context import RequestContext
-from fastapi_hardening.core.headers import field
+from fastapi_hardening.core.headers import field, get
 from fastapi_hardening.core.log_handlers import (
     LineHandler,
     QueuedHandler,
     flush,
     make_visible,
+    shortest_way,
     take_over_root,
     write_fields,
+    write_line,
 )
-from fastapi_hardening.core.logs import LogFormat, printable, trace_id_of
+from fastapi_hardening.core.logs import LogFormat, printable, quoted, to_json, trace_id_of
 from fastapi_hardening.core.redaction import REDACTED, Redactor
 from fastapi_hardening.core.routes import route_of
 
@@ -110,23 +113,28 @@ class HttpExchange:
 
     Args:
         now: The monotonic clock, in seconds.
+        context: What is known about the request.
+        scope: The request as it came.
     """
 
     event = "request"
 
-    __slots__ = ("bytes_in", "bytes_out", "disconnected", "ended", "error", "first_byte", "headers", "now", "started",
-                 "status", "written")  # fmt: skip
+    # What most exchanges never change stands on the class, which makes a new one cheaper.
+    status: int | None = None
+    first_byte: float | None = None
+    ended: float | None = None
+    headers: Iterable[tuple[bytes, bytes]] = ()
+    bytes_in = bytes_out = 0
+    disconnected = written = False
+    error: BaseException | None = None
+    trace_id: str | None = None
+    path: str | None = None
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(self, now: Callable[[], float], context: RequestContext, scope: Scope) -> None:
         self.now = now
+        self.context = context
+        self.scope = scope
         self.started = now()
-        self.status: int | None = None
-        self.first_byte: float | None = None
-        self.ended: float | None = None
-        self.headers: Iterable[tuple[bytes, bytes]] = ()
-        self.bytes_in = self.bytes_out = 0
-        self.disconnected = self.written = False
-        self.error: BaseException | None = None
 
     def received(self, message: Message) -> bool:
         """Takes note of what the application was given; says whether the exchange is over with it."""
@@ -144,15 +152,21 @@ class HttpExchange:
             if message.get("more_body", False):
                 return False
         elif kind == "http.response.start":
-            self.first_byte = self.now()
+            self.began(message)
             self.status = message["status"]
-            self.headers = message.get("headers") or ()
             return False
         elif kind != "http.response.pathsend":
             return False
         self.ended = self.now()
         # After a server error the exception is still on its way through here, and its name belongs in the line.
         return (self.status or 0) < _SERVER_ERROR
+
+    def began(self, message: Message) -> None:
+        """Takes note of the message that starts the answer."""
+        self.first_byte = self.now()
+        self.headers = message.get("headers") or ()
+        # Now, because the span of a layer further in has ended when the application returns.
+        self.trace_id = trace_id_of(self.context)
 
     def outcome(self) -> Outcome:
         """How it went, apart from what the status says."""
@@ -174,13 +188,9 @@ class WebSocketExchange(HttpExchange):
 
     event = "websocket"
 
-    __slots__ = ("accepted", "close_code", "messages_in", "messages_out")
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        super().__init__(now)
-        self.accepted = False
-        self.close_code: int | None = None
-        self.messages_in = self.messages_out = 0
+    accepted = False
+    close_code: int | None = None
+    messages_in = messages_out = 0
 
     def received(self, message: Message) -> bool:
         """Takes note of what the application was given; says whether the exchange is over with it."""
@@ -201,8 +211,7 @@ class WebSocketExchange(HttpExchange):
             self.messages_out += 1
         elif kind == "websocket.accept":
             self.accepted = True
-            self.first_byte = self.now()
-            self.headers = message.get("headers") or ()
+            self.began(message)
         elif kind == "websocket.close":
             self.close_code = message.get("code", 1000)
             self.ended = self.now()
@@ -244,39 +253,69 @@ class AccessLog:
         self._response_headers = _names(settings.response_headers)
         self._chance = chance
         self._time = (clock or SystemClock()).time
+        # Nothing but the usual fields, whose line is written down in one go.
+        self._usual = not (
+            settings.omit or settings.request_headers or settings.response_headers or settings.include_path
+        )
+        self._begin = lru_cache(maxsize=4096)(self._beginning)
+        self._text = lru_cache(maxsize=4096)(lambda value: quoted(self._clean(value.decode("latin-1"))))
 
-    def write(
-        self, exchange: HttpExchange, context: RequestContext, scope: Scope, *, path: str | None, trace_id: str | None
-    ) -> None:
+    def write(self, exchange: HttpExchange) -> None:
         """Writes the line of an exchange, once, unless it is left out as one of many that went well."""
         if exchange.written:
             return
         exchange.written = True
-        outcome, status = exchange.outcome(), exchange.status
-        slow = exchange.first_byte is not None and exchange.first_byte - exchange.started > self._slow
-        unremarkable = outcome == "completed" and (status or 0) < _ERROR and not slow
-        if unremarkable and self._rate < 1 and self._chance() >= self._rate:
+        outcome, status = exchange.outcome(), exchange.status or 0
+        slow = (exchange.first_byte or 0.0) - exchange.started > self._slow
+        went_well = outcome == "completed" and status < _ERROR and not slow
+        if went_well and self._rate < 1 and self._chance() >= self._rate:
             return
-        bad = outcome == "failed" or (outcome != "disconnected" and (status or 0) >= _SERVER_ERROR)
+        if went_well and self._usual and type(exchange) is HttpExchange:
+            formatter = shortest_way(logger)
+            if formatter is not None and logger.isEnabledFor(logging.INFO):
+                write_line(formatter.head(self._time(), "INFO") + self._usual_line(exchange))
+                return
+        bad = outcome == "failed" or (outcome != "disconnected" and status >= _SERVER_ERROR)
         level = logging.ERROR if bad else logging.INFO
         if not logger.isEnabledFor(level):
             return
-        fields = self._fields(exchange, context, scope, outcome)
-        if trace_id is None and exchange.status is None:
-            trace_id = trace_id_of(context)
-        if trace_id is not None:
-            fields["trace_id"] = trace_id
+        fields = self._fields(exchange, outcome)
         if slow:
             fields["slow"] = True
         if exchange.error is not None:
             fields["error"] = type(exchange.error).__name__
-        self._add_options(fields, exchange, scope, path)
-        said = (fields["method"], fields["route"] or "-", outcome if status is None else status, fields["duration_ms"])
+        self._add_options(fields, exchange)
+        said = (fields["method"], fields["route"] or "-", exchange.status or outcome, fields["duration_ms"])
         write_fields(logger, level, fields, "%s %s %s in %s ms", said, created=self._time())
 
-    def _fields(
-        self, exchange: HttpExchange, context: RequestContext, scope: Scope, outcome: Outcome
-    ) -> dict[str, Any]:
+    def _usual_line(self, exchange: HttpExchange) -> str:
+        """What :meth:`_fields` says of a request that went well, as JSON, behind its time: a quarter of the work."""
+        context, scope, started = exchange.context, exchange.scope, exchange.started
+        begin = self._begin(scope["method"], None if context.route is None else context.route.template, exchange.status)
+        fields = context.fields
+        agent = get(scope["headers"], b"user-agent") if fields is None else fields.get(b"user-agent")
+        more = ""
+        if context.principal is not None:
+            more = f',"principal":{quoted(self._clean(_name_of(context.principal)))}'
+        if context.tenant is not None:
+            more += f',"tenant":{quoted(self._clean(context.tenant))}'
+        if agent is not None:
+            more += f',"user_agent":{self._text(agent)}'
+        if exchange.trace_id is not None:
+            more += f',"trace_id":"{exchange.trace_id}"'
+        return (
+            f"{begin}{((exchange.ended or started) - started) * 1000:.3f},"
+            f'"first_byte_ms":{((exchange.first_byte or started) - started) * 1000:.3f},"bytes_in":{exchange.bytes_in},'
+            f'"bytes_out":{exchange.bytes_out},"request_id":{quoted(context.request_id)},'
+            f'"client":{quoted(context.client.address)}{more}}}'
+        )
+
+    def _beginning(self, method: str, route: str | None, status: int) -> str:
+        fields = {"event": HttpExchange.event, "method": printable(method[: self._max]), "route": route}
+        return to_json(fields | {"status": status, "outcome": "completed", "duration_ms": 0})[1:-2]
+
+    def _fields(self, exchange: HttpExchange, outcome: Outcome) -> dict[str, Any]:
+        context, scope = exchange.context, exchange.scope
         started, first_byte = exchange.started, exchange.first_byte
         ended = exchange.now() if exchange.ended is None else exchange.ended
         fields: dict[str, Any] = {
@@ -296,17 +335,21 @@ class AccessLog:
             fields["principal"] = self._clean(_name_of(context.principal))
         if context.tenant is not None:
             fields["tenant"] = self._clean(context.tenant)
-        for name, value in scope["headers"]:
-            if name == b"user-agent":
-                fields["user_agent"] = self._clean(value.decode("latin-1"))
-                break
+        agent = get(scope["headers"], b"user-agent")
+        if agent is not None:
+            fields["user_agent"] = self._clean(agent.decode("latin-1"))
+        trace_id = exchange.trace_id
+        if trace_id is None and exchange.status is None:
+            trace_id = trace_id_of(context)
+        if trace_id is not None:
+            fields["trace_id"] = trace_id
         return fields
 
-    def _add_options(self, fields: dict[str, Any], exchange: HttpExchange, scope: Scope, path: str | None) -> None:
-        if path is not None:
-            fields["path"] = path
+    def _add_options(self, fields: dict[str, Any], exchange: HttpExchange) -> None:
+        if exchange.path is not None:
+            fields["path"] = exchange.path
         if self._request_headers:
-            fields["request_headers"] = self._headers(scope["headers"], self._request_headers)
+            fields["request_headers"] = self._headers(exchange.scope["headers"], self._request_headers)
         if self._response_headers:
             fields["response_headers"] = self._headers(exchange.headers, self._response_headers)
         for name in self._omit:
@@ -377,21 +420,17 @@ class AccessLogMiddleware:
             await self.app(scope, receive, send)
             return
         route_of(scope)
-        exchange = (HttpExchange if scope["type"] == "http" else WebSocketExchange)(self._now)
-        path = self._log.path(scope) if self._settings.include_path else None
-        trace_id: str | None = None
+        exchange = (HttpExchange if scope["type"] == "http" else WebSocketExchange)(self._now, context, scope)
+        if self._settings.include_path:
+            exchange.path = self._log.path(scope)
 
         async def receive_counted() -> Message:
             message = await receive()
             if exchange.received(message):
-                self._log.write(exchange, context, scope, path=path, trace_id=trace_id)
+                self._log.write(exchange)
             return message
 
         async def send_counted(message: Message) -> None:
-            nonlocal trace_id
-            if exchange.status is None and trace_id is None:
-                # At the start of the answer: the span of a layer further in has ended when the application returns.
-                trace_id = trace_id_of(context)
             try:
                 await send(message)
             except OSError:
@@ -399,7 +438,7 @@ class AccessLogMiddleware:
                 exchange.disconnected = True
                 raise
             if exchange.sent(message):
-                self._log.write(exchange, context, scope, path=path, trace_id=trace_id)
+                self._log.write(exchange)
 
         try:
             await self.app(scope, receive_counted, send_counted)
@@ -407,7 +446,7 @@ class AccessLogMiddleware:
             exchange.error = error
             raise
         finally:
-            self._log.write(exchange, context, scope, path=path, trace_id=trace_id)
+            self._log.write(exchange)
 
     async def _pass_by(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.app(scope, receive, send)

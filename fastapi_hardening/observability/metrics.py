@@ -24,7 +24,6 @@ import os
 import platform
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from itertools import pairwise
 from typing import Literal, Self
 
@@ -52,6 +51,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings
 from fastapi_hardening.core.events import Events, RequestRefused
@@ -351,7 +351,10 @@ def accepts_openmetrics(accept: Iterable[bytes]) -> bool:
 
 def sampled_trace() -> int:
     """The trace of the current span if it is sampled, else 0: what is not kept cannot be looked at."""
-    span = trace.get_current_span().get_span_context()
+    current = trace.get_current_span()
+    if current is trace.INVALID_SPAN:
+        return 0
+    span = current.get_span_context()
     return span.trace_id if span.trace_flags & trace.TraceFlags.SAMPLED else 0
 
 
@@ -390,7 +393,8 @@ class MetricsMiddleware:
         self._enabled = settings.enabled
         now = (clock or SystemClock()).monotonic
         tally = recorder.requests
-        self._request = None if tally is None else partial(_Exchange, tally=tally, now=now)
+        self._tally = tally
+        self._now = now
         self.app: ASGIApp = _Instrumentator(app, recorder) if tally is None and self._enabled else app
         self._path = settings.path if settings.port is None else None
         self._guard = guard or (allow_private_peers if settings.token is None else require_token(settings.token))
@@ -407,11 +411,14 @@ class MetricsMiddleware:
         if kind == "http" and self._path and scope["path"].endswith(self._path) and self._is_asked(scope):
             await self._answer(scope, receive, send)
             return
-        record = self._request if kind == "http" else _Handshake
-        if record is None:
+        exchange: _Exchange | _Handshake
+        if kind == "websocket":
+            exchange = _Handshake(self.recorder, scope)
+        elif self._tally is None:
             await self.app(scope, receive, send)
             return
-        exchange = record(self.recorder, scope)
+        else:
+            exchange = _Exchange(self.recorder, scope, self._tally, self._now)
 
         async def send_and_record(message: Message) -> None:
             await send(message)
@@ -481,19 +488,30 @@ class _Exchange:
     """One request on its way to being recorded, once: at the last byte, or where the answer ends before it."""
 
     __slots__ = (
-        *("_answer", "_ended", "_functions", "_handler", "_method", "_now", "_recorder", "_scope", "_seconds"),
+        *(
+            "_answer",
+            "_ended",
+            "_fields",
+            "_functions",
+            "_handler",
+            "_method",
+            "_now",
+            "_recorder",
+            "_scope",
+            "_seconds",
+        ),
         *("_seconds_to_start", "_started", "_tally"),
     )
 
-    def __init__(
-        self, recorder: Recorder, scope: Scope, *, tally: Tally | SharedTally, now: Callable[[], float]
-    ) -> None:
+    def __init__(self, recorder: Recorder, scope: Scope, tally: Tally | SharedTally, now: Callable[[], float]) -> None:
         self._recorder = recorder
         self._tally = tally
         self._scope = scope
         self._now = now
         self._method = method_of(scope["method"])
-        self._handler = route_of(scope).template or UNMATCHED
+        context = request_context.ensure(scope)
+        self._handler = (context.route or route_of(scope)).template or UNMATCHED
+        self._fields = context.fields
         self._functions = recorder.functions or recorder.async_functions
         self._answer: Message | None = None
         self._seconds_to_start = 0.0
@@ -538,11 +556,18 @@ class _Exchange:
             self._handler,
             status,
             seconds=self._seconds,
-            request_bytes=declared_length(self._scope["headers"]),
+            request_bytes=self._declared(),
             response_bytes=declared_length(headers),
             trace_id=sampled_trace() if self._recorder.settings.exemplars else 0,
         )
         return self._call_functions() if self._functions else None
+
+    def _declared(self) -> int:
+        """The length that the request declares."""
+        fields = self._fields
+        if fields is not None and b"content-length" not in fields:
+            return 0
+        return declared_length(self._scope["headers"])
 
     def _status_and_headers(self) -> tuple[int, Iterable[tuple[bytes, bytes]]]:
         answer = self._answer

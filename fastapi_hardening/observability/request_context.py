@@ -32,7 +32,7 @@ from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings
 from fastapi_hardening.core.context import SCOPE_KEY, RequestContext, new_request_id
 from fastapi_hardening.core.events import Events
-from fastapi_hardening.core.headers import field, replace
+from fastapi_hardening.core.headers import field, get_all, replace
 from fastapi_hardening.core.routes import route_of
 
 # What starts an answer, on HTTP and on websockets.
@@ -87,7 +87,6 @@ class ContextMaker:
         self.header = settings.header.lower().encode("ascii")
         self._trust = settings.trust_incoming
         self._addresses = client_addresses or ClientAddressResolver()
-        self._wanted = frozenset({self.header, b"traceparent", b"x-forwarded-proto", self._addresses.header})
         self._error_format: Literal["problem", "fastapi"] = error_format
         self._events = events
         self._now = (clock or SystemClock()).monotonic
@@ -95,35 +94,32 @@ class ContextMaker:
 
     def make(self, scope: Scope) -> RequestContext:
         """The context of one connection; it is not yet put into the scope."""
-        addresses = self._addresses
-        incoming: bytes | None = None
-        traceparent: bytes | None = None
-        forwarded: list[bytes] = []
-        proto = b""
-        for name, value in scope["headers"]:
-            if name not in self._wanted:
-                continue
-            if name == self.header:
-                # A second one would leave it to the client which of them is logged.
-                incoming = value if incoming is None else b""
-            elif name == b"traceparent":
-                traceparent = value
-            elif name == addresses.header:
-                forwarded.append(value)
-            else:
-                proto = value
+        addresses, headers = self._addresses, scope["headers"]
+        fields = dict(headers)
+        forwarded = get_all(headers, addresses.header) if addresses.header in fields else ()
+        incoming = fields.get(self.header)
+        unique = len(fields) == len(headers)
+        if incoming is not None and not unique and len(get_all(headers, self.header)) > 1:
+            # It would be left to the client which of them is logged.
+            incoming = None
         peer = peer_of(scope.get("client"), scope.get("server"))
         kept = incoming.decode("ascii") if incoming and self._trust and well_formed(incoming) else None
-        return RequestContext(
+        secure = scope.get("scheme") in ("https", "wss")
+        if not secure and fields.get(b"x-forwarded-proto") == b"https":
+            secure = addresses.trusts(peer)
+        context = RequestContext(
             kept or new_request_id(),
             addresses.resolve(peer, forwarded),
             self._now(),
-            secure=scope.get("scheme") in ("https", "wss") or (proto == b"https" and addresses.trusts(peer)),
-            traceparent=traceparent,
+            secure=secure,
+            traceparent=fields.get(b"traceparent"),
             error_format=self._error_format,
             events=self._events,
             hardened=self._hardened,
         )
+        if unique:
+            context.fields = fields
+        return context
 
 
 class RequestContextMiddleware:

@@ -280,7 +280,9 @@ class CorsMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        origin = origin_of(scope["headers"])
+        context = request_context.ensure(scope)
+        fields = context.fields
+        origin = origin_of(scope["headers"]) if fields is None else fields.get(b"origin")
         if origin is not None:
             own = self._own_of_a_mount(scope)
             if own is not None:
@@ -290,7 +292,7 @@ class CorsMiddleware:
                 return
             if scope["method"] == "OPTIONS" and await self._has_answered(origin, scope, receive, send):
                 return
-        overrides: tuple[Any, ...] = route_of(scope).of(Cors)
+        overrides: tuple[Any, ...] = (context.route or route_of(scope)).of(Cors)
         policy = self._policy
         if overrides:
             policy = overrides[-1].policy
@@ -298,7 +300,7 @@ class CorsMiddleware:
         if policy is None:
             await self.app(scope, receive, send)
             return
-        state = request_context.ensure(scope).state
+        state = context.state
         state[CorsMiddleware] = self
 
         async def send_with_cors(message: Message) -> None:

@@ -131,15 +131,16 @@ class Budget:
         self.limits = limits
         self._limiters = [Limiter(limit, strategy, max_keys=max_keys, clock=clock) for limit in limits]
         self._quoted = [f'"{limit.name}"' for limit in limits]
-        self._one = self._quoted[0] if len(limits) == 1 else None
+        # What most budgets are: one limit.
+        self._one = (self._limiters[0], self._quoted[0].encode("ascii")) if len(limits) == 1 else None
         self.policy = ", ".join(
             f"{name};q={limit.quota};w={limit.window_seconds}" for name, limit in zip(self._quoted, limits, strict=True)
         ).encode("ascii")
 
     def hit(self, key: str, cost: int = 1) -> list[Decision]:
         """A decision for each limit; the units are spent only if all of them allow it."""
-        if len(self._limiters) == 1:
-            return [self._limiters[0].hit(key, cost)]
+        if self._one is not None:
+            return [self._one[0].hit(key, cost)]
         looks = [limiter.peek(key, cost) for limiter in self._limiters]
         if all(look.allowed for look in looks):
             return [limiter.hit(key, cost) for limiter in self._limiters]
@@ -148,8 +149,8 @@ class Budget:
     def state(self, decisions: list[Decision]) -> bytes:
         """The ``RateLimit`` field: of each policy what remains, and the seconds until there is more."""
         if self._one is not None:
-            [decision] = decisions
-            return f"{self._one};r={decision.remaining};t={math.ceil(decision.next_seconds)}".encode("ascii")
+            _, remaining, next_seconds, _, _ = decisions[0]
+            return b"%b;r=%d;t=%d" % (self._one[1], remaining, math.ceil(next_seconds))
         return ", ".join(
             f"{name};r={decision.remaining};t={math.ceil(decision.next_seconds)}"
             for name, decision in zip(self._quoted, decisions, strict=True)
@@ -258,9 +259,10 @@ class RateLimitMiddleware:
         if scope["type"] not in ("http", "websocket") or not self.settings.enabled:
             await self.app(scope, receive, send)
             return
-        overrides = route_of(scope).of(RateLimit)
-        mark_handled(scope, overrides)
         context = request_context.ensure(scope)
+        overrides = (context.route or route_of(scope)).of(RateLimit)
+        if overrides:
+            mark_handled(scope, overrides)
         context.state[RateLimitMiddleware] = self
         override: Any = overrides[-1] if overrides else None
         if override is not None and not override.limits:
@@ -277,7 +279,8 @@ class RateLimitMiddleware:
             if message["type"] in _STARTS:
                 said: Verdict = context.state.get(_Late, verdict)
                 fields = (_POLICY, said.budget.policy), (_STATE, said.budget.state(said.decisions))
-                message["headers"] = [p for p in message.get("headers") or () if p[0] not in _OURS] + [*fields]
+                headers = message["headers"] = [p for p in message.get("headers") or () if p[0] not in _OURS]
+                headers += fields
             await send(message)
 
         send_limited = send_with_limits if self.settings.headers else send

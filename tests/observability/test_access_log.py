@@ -101,6 +101,7 @@ def served(
     return sent
 
 
+SCOPE: dict[str, Any] = {"type": "http", "method": "GET", "headers": []}
 START = {"type": "http.response.start", "status": 200, "headers": []}
 END = {"type": "http.response.body", "body": b"{}"}
 
@@ -121,17 +122,18 @@ def write_one(
     scope: dict[str, Any] | None = None,
     **settings: Any,
 ) -> None:
-    context = request_context.ensure(scope := {"type": "http", "method": "GET", "headers": []} | (scope or {}))
-    context.principal = principal
+    exchange.scope = SCOPE | (scope or {})
+    exchange.context = request_context.ensure(exchange.scope)
+    exchange.context.principal = principal
     log = AccessLog(AccessLogSettings(**settings), clock=ManualClock(epoch=1.5), chance=lambda: chance)
-    log.write(exchange, context, scope, path=None, trace_id=None)
+    log.write(exchange)
     # Once is enough.
-    log.write(exchange, context, scope, path=None, trace_id=None)
+    log.write(exchange)
 
 
 def exchange(status: int = 200, *, seconds: float = 0.0, kind: type[HttpExchange] = HttpExchange) -> HttpExchange:
     clock = ManualClock()
-    made = kind(clock.monotonic)
+    made = kind(clock.monotonic, request_context.ensure({}), SCOPE)
     clock.advance(seconds)
     made.sent(START | {"status": status})
     made.sent(END)
@@ -141,7 +143,7 @@ def exchange(status: int = 200, *, seconds: float = 0.0, kind: type[HttpExchange
 def test_times_are_those_of_the_answer_not_of_what_comes_after(lines: Lines) -> None:
     """To the first and to the last byte, in milliseconds."""
     clock = ManualClock()
-    made = HttpExchange(clock.monotonic)
+    made = HttpExchange(clock.monotonic, request_context.ensure({}), SCOPE)
     clock.advance(0.25)
     assert not made.sent(START)
     clock.advance(0.5)
@@ -162,7 +164,7 @@ def test_times_are_those_of_the_answer_not_of_what_comes_after(lines: Lines) -> 
         (exchange(404), True),
         (exchange(503), True),
         (exchange(200, seconds=1.5), True),
-        (HttpExchange(ManualClock().monotonic), True),
+        (HttpExchange(ManualClock().monotonic, request_context.ensure({}), SCOPE), True),
     ],
 )
 def test_sampling_leaves_out_only_what_went_well(made: HttpExchange, written: bool, lines: Lines) -> None:
@@ -260,7 +262,7 @@ MESSAGES = st.lists(
 @given(MESSAGES)
 def test_an_exchange_takes_any_messages_and_knows_how_it_went(messages: list[dict[str, Any]]) -> None:
     """Whatever an application or a server does, there is a line."""
-    made = HttpExchange(ManualClock().monotonic)
+    made = HttpExchange(ManualClock().monotonic, request_context.ensure({}), SCOPE)
     for message in messages:
         (made.sent if "response" in message["type"] else made.received)(message)
     assert made.outcome() in ("completed", "disconnected", "unfinished")
@@ -499,7 +501,7 @@ def test_how_a_websocket_went_is_in_its_line(
 @pytest.mark.parametrize(("code", "outcome"), [(1000, "completed"), (1006, "disconnected"), (None, "completed")])
 def test_a_websocket_that_breaks_off_was_not_closed(code: int | None, outcome: str) -> None:
     """By the code that the server gives for it; what comes after the end changes nothing."""
-    made = WebSocketExchange(ManualClock().monotonic)
+    made = WebSocketExchange(ManualClock().monotonic, request_context.ensure({}), SCOPE)
     made.received({"type": "websocket.connect"})
     made.sent({"type": "websocket.accept"})
     message = {"type": "websocket.disconnect"} | ({} if code is None else {"code": code})
