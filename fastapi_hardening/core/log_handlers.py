@@ -150,32 +150,42 @@ class LineHandler(logging.StreamHandler[TextIO]):
 class _LastResort(LineHandler):
     """Shows this package's records as long as nobody else would: as ``logging.lastResort``, with a format."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._alone: list[logging.Handler] = [self]
+
+    def createLock(self) -> None:  # noqa: N802 - the name is the standard library's, which calls it after a fork, too
+        """Makes the lock, which is also taken without :mod:`logging`'s calls."""
+        super().createLock()
+        self._lock: Any = self.lock
+
     def handle(self, record: logging.LogRecord) -> bool:
         if logging.root.handlers or len(_package.handlers) > 1:
             return False
         return bool(super().handle(record))
 
-    def is_alone(self, logger: logging.Logger) -> bool:
-        """Whether a record of this logger would go here only, and nothing of the application would look at it."""
-        return (
-            self in _package.handlers
-            and len(_package.handlers) == 1
+    def shortest_way(self, logger: logging.Logger) -> JsonFormatter | None:
+        """What makes the lines of a logger, if they go here only, as JSON, and nobody else looks at the records."""
+        formatter = self.formatter
+        if (
+            isinstance(formatter, JsonFormatter)
+            and _package.handlers == self._alone
             and not (logging.root.handlers or logger.handlers or logger.filters or _package.filters)
             and logger.propagate
             and logging.getLogRecordFactory() is logging.LogRecord
-        )
+        ):
+            return formatter
+        return None
 
     def write_line(self, line: str) -> None:
         """Writes what is a line already, without making a record of it, which is half of the work."""
         stream = self._stream or sys.stdout
-        self.acquire()
-        try:
-            stream.write(line + "\n")
-            stream.flush()
-        except Exception:  # noqa: BLE001 - what logging does with it is the application's to configure
-            self.handleError(logging.makeLogRecord({"msg": line}))
-        finally:
-            self.release()
+        with self._lock:
+            try:
+                stream.write(line + "\n")
+                stream.flush()
+            except Exception:  # noqa: BLE001 - what logging does with it is the application's to configure
+                self.handleError(logging.makeLogRecord({"msg": line}))
 
 
 def write_fields(
@@ -189,19 +199,10 @@ def write_fields(
         write_line(formatter.line(created, logging.getLevelName(level), fields))
 
 
-def shortest_way(logger: logging.Logger) -> JsonFormatter | None:
-    """What makes the lines of a logger, if they go to standard output as JSON and nobody else looks at the records."""
-    formatter = _last_resort.formatter
-    return formatter if isinstance(formatter, JsonFormatter) and _last_resort.is_alone(logger) else None
-
-
-def write_line(line: str) -> None:
-    """Writes a line whose maker :func:`shortest_way` has told."""
-    _last_resort.write_line(line)
-
-
 _package = logging.getLogger(PACKAGE)
 _last_resort = _LastResort()
+shortest_way = _last_resort.shortest_way
+write_line = _last_resort.write_line
 _root_handler: logging.Handler | None = None
 
 

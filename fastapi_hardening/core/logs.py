@@ -197,9 +197,9 @@ class JsonFormatter(logging.Formatter):
         second = int(created)
         known, prefix = self._second
         if known != second:
-            prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            prefix = time.strftime('{"time":"%Y-%m-%dT%H:%M:%S.', time.gmtime(second))
             self._second = (second, prefix)
-        return f'{{"time":"{prefix}.{int((created - second) * 1000):03d}Z","level":"{level.lower()}",'
+        return f'{prefix}{int((created - second) * 1000):03d}Z","level":"{level.lower()}",'
 
 
 class TextFormatter(logging.Formatter):

@@ -149,11 +149,11 @@ class HttpExchange:
         kind = message["type"]
         if kind == "http.response.body":
             self.bytes_out += len(message.get("body", b""))
-            if message.get("more_body", False):
+            if message.get("more_body"):
                 return False
         elif kind == "http.response.start":
-            self.began(message)
             self.status = message["status"]
+            self.began(message)
             return False
         elif kind != "http.response.pathsend":
             return False
@@ -267,14 +267,14 @@ class AccessLog:
         exchange.written = True
         outcome, status = exchange.outcome(), exchange.status or 0
         slow = (exchange.first_byte or 0.0) - exchange.started > self._slow
-        went_well = outcome == "completed" and status < _ERROR and not slow
-        if went_well and self._rate < 1 and self._chance() >= self._rate:
-            return
-        if went_well and self._usual and type(exchange) is HttpExchange:
-            formatter = shortest_way(logger)
-            if formatter is not None and logger.isEnabledFor(logging.INFO):
-                write_line(formatter.head(self._time(), "INFO") + self._usual_line(exchange))
+        if outcome == "completed" and status < _ERROR and not slow:
+            if self._rate < 1 and self._chance() >= self._rate:
                 return
+            if self._usual and exchange.event == "request":
+                formatter = shortest_way(logger)
+                if formatter is not None and logger.isEnabledFor(logging.INFO):
+                    write_line(formatter.head(self._time(), "INFO") + self._usual_line(exchange))
+                    return
         bad = outcome == "failed" or (outcome != "disconnected" and status >= _SERVER_ERROR)
         level = logging.ERROR if bad else logging.INFO
         if not logger.isEnabledFor(level):
@@ -430,6 +430,8 @@ class AccessLogMiddleware:
                 self._log.write(exchange)
             return message
 
+        sent = exchange.sent
+
         async def send_counted(message: Message) -> None:
             try:
                 await send(message)
@@ -437,7 +439,7 @@ class AccessLogMiddleware:
                 # What a server raises when the client has gone (ASGI 2.4).
                 exchange.disconnected = True
                 raise
-            if exchange.sent(message):
+            if sent(message):
                 self._log.write(exchange)
 
         try:

@@ -284,7 +284,8 @@ class CorsMiddleware:
         fields = context.fields
         origin = origin_of(scope["headers"]) if fields is None else fields.get(b"origin")
         if origin is not None:
-            own = self._own_of_a_mount(scope)
+            mounted = self._mounted
+            own = self._own_of_a_mount(scope) if mounted is None or mounted.exist else None
             if own is not None:
                 # What routes further in say is not heard: half of it could not be kept, behind that middleware.
                 mark_handled(scope, route_of(scope).of(Cors))

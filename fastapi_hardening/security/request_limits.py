@@ -330,13 +330,16 @@ class RequestPolicy:
         self._host_problem = lru_cache(maxsize=256)(self._look_at_host)
         self._type_problem = lru_cache(maxsize=64)(self._look_at_type)
 
-    def look(self, scope: Scope) -> bool | None:
-        """Looks quickly, which is enough for most requests: whether a body may come, or ``None`` for a close look."""
+    def look(self, scope: Scope, fields: dict[bytes, bytes] | None = None) -> bool | None:
+        """Looks quickly, which is enough for most requests: whether a body may come, or ``None`` for a close look.
+
+        Args:
+            scope: The request.
+            fields: Its header fields by name, if somebody has them already and none stands twice.
+        """
         headers = scope["headers"]
-        fields = dict(headers)
-        size = 0
-        for name, value in headers:
-            size += len(name) + len(value)
+        fields = dict(headers) if fields is None else fields
+        size = sum(map(len, fields)) + sum(map(len, fields.values()))
         path: str = scope["path"]
         raw: bytes = scope.get("raw_path") or b"%"
         if (
@@ -489,12 +492,13 @@ class RequestLimitsMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        policy = self.policy_of(route_of(scope))
+        context = request_context.ensure(scope)
+        policy = self.policy_of(context.route or route_of(scope))
         mark_handled(scope, policy.overrides)
         if not policy.enabled:
             await self.app(scope, receive, send)
             return
-        has_body = policy.look(scope)
+        has_body = policy.look(scope, context.fields)
         if has_body is None:
             if await self._refused(policy, scope, receive, send):
                 return

@@ -368,18 +368,21 @@ class SecurityHeadersMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        mark_handled(scope, route_of(scope).of(SecurityHeaders))
         context = request_context.ensure(scope)
+        overrides = (context.route or route_of(scope)).of(SecurityHeaders)
+        if overrides:
+            mark_handled(scope, overrides)
         state = context.state
         state[SecurityHeadersMiddleware] = self
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] in _STARTS:
                 # The route that was reached in the end, which a middleware of the application may have changed.
-                found = context.route.of(SecurityHeaders) if context.route is not None else ()
+                route = context.route
+                found = route.overrides.get(SecurityHeaders, ()) if route is not None else ()
                 late = state.get(_Late, ())
-                overrides = (*found, *(o for o in late if o not in found)) if late else found
-                policy = self.policy_for(overrides) if overrides else self._policy
+                holding = (*found, *(o for o in late if o not in found)) if late else found
+                policy = self.policy_for(holding) if holding else self._policy
                 nonce = state.get(_Nonce)
                 message["headers"] = policy.apply(message.get("headers") or (), tls=context.secure, nonce=nonce)
             await send(message)
