@@ -625,16 +625,19 @@ class _Body:
         if self._ended:
             # Whoever still listens, listens for the client to go: that may take as long as it likes.
             return await self._receive()
-        message = await self._wait()
+        meter = self._meter
+        patience = meter.patience_seconds
+        message = await (self._receive() if patience is None else self._wait(patience))
         if message["type"] != "http.request":
             self._end()
             return message
-        self.count(message.get("body", b""))
-        patience = self._meter.patience_seconds
-        if not message.get("more_body", False):
+        problem = meter.take(message.get("body", b""))
+        if problem is not None:
+            self._refuse(problem)
+        if not message.get("more_body"):
             self._end()
-        elif patience is not None and patience <= 0 and not self.answering:
-            self._refuse(self._meter.give_up())
+        elif (left := meter.patience_seconds) is not None and left <= 0 and not self.answering:
+            self._refuse(meter.give_up())
         return message
 
     def change(self, changes: dict[str, Any]) -> None:
@@ -703,13 +706,10 @@ class _Body:
         self.refusal = problem
         raise problem
 
-    async def _wait(self) -> Message:
-        meter = self._meter
-        patience = meter.patience_seconds
-        if patience is None:
-            return await self._receive()
+    async def _wait(self, patience: float) -> Message:
+        meter, now = self._meter, self._clock.monotonic
         # Two may wait at once: who streams an answer out of a body, and who listens for the client to go.
-        since = self._since = self._clock.monotonic()
+        since = self._since = now()
         task = self._task = asyncio.current_task()
         cancelling = 0 if task is None else task.cancelling()
         if self._timer is None:
@@ -723,7 +723,7 @@ class _Body:
                 self._refuse(meter.give_up())
             raise
         finally:
-            meter.waited_seconds += self._clock.monotonic() - since
+            meter.waited_seconds += now() - since
             self._since = None
 
     def _ring(self) -> None:
