@@ -544,16 +544,6 @@ def limits_of(settings: RequestLimitsSettings, entry: RouteEntry) -> RequestLimi
     return _changed(settings, changes)
 
 
-def widest_body(settings: RequestLimitsSettings, entries: Iterable[RouteEntry]) -> int | None:
-    """The largest body that any route takes, for FastAPI's own ``max_body_size``, which then refuses none of ours."""
-    widest = 0
-    for limits in (settings, *(limits_of(settings, entry) for entry in entries)):
-        if limits.max_body_bytes is None or limits.report_only or not limits.enabled:
-            return None
-        widest = max(widest, limits.max_body_bytes)
-    return widest
-
-
 def _changed(settings: RequestLimitsSettings, changes: dict[str, Any]) -> RequestLimitsSettings:
     return RequestLimitsSettings.model_validate(dict(settings) | changes) if changes else settings
 

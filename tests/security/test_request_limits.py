@@ -24,7 +24,6 @@ from fastapi_hardening.core.body_meter import BodyTooLarge
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.events import Events, RequestRefused
 from fastapi_hardening.core.request_head import path_findings
-from fastapi_hardening.core.routes import RouteEntry
 from fastapi_hardening.security.request_limits import (
     RequestLimitReported,
     RequestLimits,
@@ -33,7 +32,6 @@ from fastapi_hardening.security.request_limits import (
     RequestPolicy,
     declared_types,
     may_have_body,
-    widest_body,
 )
 
 Fields = list[tuple[bytes, bytes]]
@@ -1031,16 +1029,3 @@ def test_fastapis_own_limit_of_a_route_takes_the_place_of_the_setting() -> None:
         assert client.post(path, content=b"x" * fits).json() == fits
         answer = client.post(path, content=b"x" * (fits + 1))
         assert (answer.status_code, answer.json()["max_body_bytes"]) == (413, fits)
-
-
-def test_the_widest_limit_is_what_fastapi_may_be_given_as_a_backstop() -> None:
-    """Anything less would refuse what a route takes."""
-    settings = RequestLimitsSettings(max_body_bytes=10)
-
-    def entry(**changes: Any) -> RouteEntry:
-        return RouteEntry("/", overrides={RequestLimits: (RequestLimits(**changes),)})
-
-    assert widest_body(settings, []) == 10
-    assert widest_body(settings, [entry(max_body_bytes=5), entry(max_body_bytes=30)]) == 30
-    for free in ({"max_body_bytes": None}, {"enabled": False}, {"report_only": True}):
-        assert widest_body(settings, [entry(**free)]) is None
