@@ -135,7 +135,7 @@ def harden(
         adopt_all = _adopting(handle)
         adopt_all(handle.table.built())
         check_routes(handle.auth, handle.table)
-        handle.table.on_rebuilt.append(adopt_all)
+        handle.table.on_rebuilt += [adopt_all, _telling_of_routes(handle)]
         taken = take_over(app, handle.settings.cors)
         handle.cors = taken or handle.settings.cors
         inner = build()
@@ -199,6 +199,18 @@ def _adopt_callers(application: Any, handle: Hardening) -> None:
     router = application.router
     if not isinstance(router.middleware_stack, _AfterMiddlewares | _AfterMiddlewaresOfMounted):
         router.middleware_stack = _AfterMiddlewaresOfMounted(router.middleware_stack, application, handle)
+
+
+def _telling_of_routes(handle: Hardening) -> Callable[[RouteTable], None]:
+    """Says of routes that are added later what would have been refused at the start; they are closed by themselves."""
+
+    def tell(table: RouteTable) -> None:
+        try:
+            check_routes(handle.auth, table)
+        except ConfigurationError as error:
+            logger.warning("%s", error)
+
+    return tell
 
 
 def _guard(handle: Hardening, guard: Guard) -> Guard:
