@@ -155,7 +155,7 @@ class Gate:
         """The refusal of a caller who sent nothing: every scheme that would do."""
         return NotAuthenticated("Say who you are.", headers=joined(self._challenges()))
 
-    def credentials_refused(self, authenticator: Authenticator) -> CredentialsRefused:
+    def credentials_refused(self, authenticator: Authenticator | None = None) -> CredentialsRefused:
         """The refusal of credentials that prove nothing; why is not told."""
         challenges = self._challenges(failed=authenticator)
         return CredentialsRefused("The credentials are not valid.", headers=joined(challenges))

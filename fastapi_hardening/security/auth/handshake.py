@@ -36,10 +36,12 @@ class Handshake(NamedTuple):
     Attributes:
         connection_scope: What the authenticators see: everything, and a token of the subprotocols as a field.
         offered_token: A token came as a subprotocol, so that one must be agreed on that is none.
+        ambiguous: There was a token in the fields, too.
     """
 
     connection_scope: Scope
     offered_token: bool
+    ambiguous: bool = False
 
 
 def take_credentials(scope: Scope, query_parameters: Collection[str] = ()) -> Handshake:
@@ -50,6 +52,7 @@ def take_credentials(scope: Scope, query_parameters: Collection[str] = ()) -> Ha
         query_parameters: The parameters of the query that are credentials.
     """
     whole: Scope = scope
+    ambiguous = False
     protocols = [protocol.lower() for protocol in scope.get("subprotocols") or ()]
     place = protocols.index(BEARER) + 1 if BEARER in protocols else 0
     offered = 0 < place < len(protocols)
@@ -61,6 +64,7 @@ def take_credentials(scope: Scope, query_parameters: Collection[str] = ()) -> Ha
         given: list[str] = list(scope["subprotocols"])
         token = given.pop(place)
         without = [pair for pair in scope["headers"] if pair[0] != _PROTOCOL]
+        ambiguous = any(name == b"authorization" for name, _ in without)
         whole["headers"] = [*without, (b"authorization", b"Bearer " + token.encode("latin-1"))]
         scope["subprotocols"] = given
         scope["headers"] = [*without, (_PROTOCOL, ", ".join(given).encode("latin-1"))]
@@ -68,7 +72,7 @@ def take_credentials(scope: Scope, query_parameters: Collection[str] = ()) -> Ha
         scope["query_string"] = b"&".join(
             pair for pair in query.split(b"&") if not _is_credential(pair, query_parameters)
         )
-    return Handshake(whole, offered)
+    return Handshake(whole, offered, ambiguous)
 
 
 def _is_credential_in(query: bytes, names: Collection[str]) -> bool:

@@ -34,7 +34,7 @@ from fastapi_hardening.core.policy import mark_handled
 from fastapi_hardening.core.problem import Problem, refuse, tell
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, route_of
 from fastapi_hardening.security.auth.gate import Found, Gate, is_ambient
-from fastapi_hardening.security.auth.handshake import Expiry, agreeing, take_credentials
+from fastapi_hardening.security.auth.handshake import Expiry, Handshake, agreeing, take_credentials
 from fastapi_hardening.security.auth.overrides import (
     LAYER,
     Csrf,
@@ -87,12 +87,14 @@ class AuthenticationMiddleware:
             return
         context = request_context.ensure(scope)
         entry = route_of(scope) if self._table is None else self._table.find(scope)
-        seen, offered_token = scope, False
+        seen = Handshake(scope, offered_token=False)
         if scope["type"] == "websocket":
-            seen, offered_token = take_credentials(scope, self.gate.query_parameters)
+            seen = take_credentials(scope, self.gate.query_parameters)
         context.state[Gate] = self.gate
         try:
-            found = await self.gate.identify(HTTPConnection(seen))
+            if seen.ambiguous:
+                raise self.gate.credentials_refused()
+            found = await self.gate.identify(HTTPConnection(seen.connection_scope))
             context.principal = None if found is None else found.principal
             context.state[Found] = found
             await demand(self.gate, entry, scope, context)
@@ -105,7 +107,7 @@ class AuthenticationMiddleware:
         if scope["type"] == "http":
             await self.app(scope, receive, send)
         else:
-            await self._serve_websocket(scope, receive, send, context, offered_token=offered_token)
+            await self._serve_websocket(scope, receive, send, context, offered_token=seen.offered_token)
 
     async def _serve_websocket(
         self, scope: Scope, receive: Receive, send: Send, context: RequestContext, *, offered_token: bool

@@ -52,7 +52,7 @@ def test_a_key_says_whose_it_is_and_only_a_hash_is_kept() -> None:
     assert secret not in repr(issued)
     principal = run(till.keys.verify(issued.key))
     assert (principal.id, principal.scheme, principal.credential) == ("partner", "api-key", issued.record.id)
-    assert (principal.scopes, principal.roles, principal.tenant) == ({"a"}, {"b"}, "north")
+    assert (sorted(principal.scopes), sorted(principal.roles), principal.tenant) == (["a"], ["b"], "north")
 
 
 def test_no_two_keys_are_alike() -> None:
@@ -209,7 +209,7 @@ def test_a_key_is_taken_from_its_field_and_never_from_the_query() -> None:
     assert client.get("/me", headers=[("X-API-Key", key), ("X-API-Key", key)]).status_code == 401
     for path in (f"/me?X-API-Key={key}", f"/me?api_key={key}", f"/me?key={key}"):
         assert client.get(path).status_code == 401
-    assert client.get("/me", headers={"X-API-Key": b"\xff"}).status_code == 401
+    assert client.get("/me", headers={b"X-API-Key": b"\xff"}).status_code == 401
     assert client.get("/me").headers["www-authenticate"] == 'ApiKey header="X-API-Key"'
     kit.clock.advance(60)
     assert client.get("/me", headers={"X-API-Key": key}).status_code == 401

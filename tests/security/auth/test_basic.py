@@ -106,7 +106,7 @@ async def later(name: str, password: str) -> bool:
     return password == "right"
 
 
-class Callable_:
+class Verifying:
     """A verifier that is an object."""
 
     async def __call__(self, name: str, password: str) -> Principal | None:
@@ -117,7 +117,7 @@ def deferred(name: str, password: str) -> Any:
     return later(name, password)
 
 
-@pytest.mark.parametrize("verify", [sync, later, Callable_(), deferred])
+@pytest.mark.parametrize("verify", [sync, later, Verifying(), deferred])
 def test_a_function_may_decide(verify: Any) -> None:
     """Sync in a thread, or async; it says yes, or who it is."""
     client = kit_of(BasicAuthenticator(verify)).client()

@@ -380,11 +380,11 @@ def test_a_requirement_of_the_application_holds_like_ours() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: RequireScopes(),
+        RequireScopes,
         lambda: RequireScopes("a b"),
         lambda: RequireScopes('a"b'),
         lambda: RequireRoles(""),
-        lambda: RequirePermissions(),
+        RequirePermissions,
         lambda: RequirePermissions("orders:*"),
     ],
 )
@@ -611,6 +611,7 @@ def test_dependency_overrides_do_not_switch_the_layer_off() -> None:
     async def me(user: Annotated[Principal, requirement]) -> str:
         return user.id
 
+    assert requirement.dependency is not None
     kit.app.dependency_overrides[requirement.dependency] = lambda: Principal("somebody else")
     assert kit.client().get("/").status_code == 401
     assert kit.client().get("/", headers=bearer("anna")).json() == "somebody else"
