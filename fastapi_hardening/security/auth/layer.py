@@ -132,17 +132,21 @@ async def demand(gate: Gate, entry: RouteEntry, scope: Scope, context: RequestCo
         Problem: The caller is not let in.
     """
     found: Found | None = context.state.get(Found)
+    ambient = found is not None and is_ambient(found.authenticator)
+    if not entry.overrides and not ambient:
+        # What most requests are: nothing is said by the route, and the credentials are the caller's own.
+        if found is None and gate.required:
+            raise gate.not_authenticated()
+        return
     connection = HTTPConnection(scope)
     csrf = entry.of(Csrf)
     checked = csrf[-1].checks if csrf and isinstance(csrf[-1], Csrf) else None  # the innermost counts
     mark_handled(scope, csrf)
-    if checked or (checked is None and found is not None and is_ambient(found.authenticator)):
+    if checked or (checked is None and ambient):
         refuse_cross_site(connection, context, gate)
     if found is None:
         if not is_open(entry, required=gate.required):
             raise gate.not_authenticated()
-        return
-    if not entry.overrides:
         return
     handled: dict[type[Requirement], list[Requirement]] = {}
     for requirement in requirements_of(entry):
