@@ -197,8 +197,9 @@ def _adopt_callers(application: Any, handle: Hardening) -> None:
     if isinstance(application, FastAPI):
         auth_openapi.describe(application, handle.auth)
     router = application.router
-    if not isinstance(router.middleware_stack, _AfterMiddlewares | _AfterMiddlewaresOfMounted):
-        router.middleware_stack = _AfterMiddlewaresOfMounted(router.middleware_stack, application, handle)
+    stack = router.middleware_stack
+    if not (isinstance(stack, _AfterMiddlewares | _AfterMiddlewaresOfMounted) and stack.handle is handle):
+        router.middleware_stack = _AfterMiddlewaresOfMounted(stack, application, handle)
 
 
 def _telling_of_routes(handle: Hardening) -> Callable[[RouteTable], None]:
@@ -258,13 +259,16 @@ class _AfterMiddlewares:
 
     def __init__(self, app: ASGIApp, handle: Hardening) -> None:
         self.app = app
-        self._handle = handle
+        self.handle = handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = request_context.of(scope)
-        if context is not None and scope["path"] != context.path and "app_root_path" not in scope:
-            context.path, context.route = scope["path"], self._handle.table.find(scope)
-            await demand_again(self._handle.auth, context.route, scope, context)
+        if context is not None and scope["path"] != context.path:
+            handle = self.handle
+            entry = handle.table.find(scope)
+            if "app_root_path" not in scope:
+                context.path, context.route = scope["path"], entry
+            await demand_again(handle.auth, entry, scope, context)
         await self.app(scope, receive, send)
 
 
@@ -274,12 +278,12 @@ class _AfterMiddlewaresOfMounted:
     def __init__(self, app: ASGIApp, application: Any, handle: Hardening) -> None:
         self.app = app
         self._application = application
-        self._handle = handle
+        self.handle = handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = request_context.of(scope)
         if context is not None and scope["type"] != "lifespan" and scope["path"] != context.path:
-            await demand_again(self._handle.auth, table_of(self._application).find(scope), scope, context)
+            await demand_again(self.handle.auth, table_of(self._application).find(scope), scope, context)
         await self.app(scope, receive, send)
 
 

@@ -67,6 +67,7 @@ class Gate:
         authenticators: All of them, in their order.
         rbac: Roles and permissions.
         required: Whether a route that says nothing demands a caller who is known.
+        idle: Nobody can be identified and nothing is demanded, so that the layer has nothing to do.
         cross_site: Tells requests of other sites.
         clock: Where the time comes from.
 
@@ -92,6 +93,12 @@ class Gate:
                 raise ConfigurationError("auth.enabled is false, so the authenticators would not be asked; drop one")
             self.authenticators = ()
         for authenticator in self.authenticators:
+            for name in ("scheme", "challenge", "authenticate"):
+                if isinstance(authenticator, type) or not hasattr(authenticator, name):
+                    raise ConfigurationError(
+                        f"{authenticator!r} is no authenticator; give harden() objects with scheme, challenge and "
+                        "authenticate(connection)"
+                    )
             attach = getattr(authenticator, "attach", None)
             if attach is not None:
                 attach(store=store, clock=self.clock)
@@ -102,6 +109,7 @@ class Gate:
                 "harden(app, authenticators=[...]), or set auth.basic or auth.session"
             )
         rbac = settings.rbac
+        self.idle = not self.authenticators and not self.required
         self.rbac = Rbac(
             rbac.roles,
             rbac.inherits,
@@ -115,11 +123,6 @@ class Gate:
             parameter for each in self.authenticators if (parameter := getattr(each, "query_parameter", None))
         )
         self._bearer = next((each.challenge for each in self.authenticators if is_bearer(each.challenge)), BEARER)
-
-    @property
-    def idle(self) -> bool:
-        """Whether nobody can be identified and nothing is demanded of routes that say nothing."""
-        return not self.authenticators and not self.required
 
     def find(self, kind: type[A]) -> A | None:
         """The first authenticator of a class, such as ``Sessions`` that the settings have made."""

@@ -77,12 +77,11 @@ class AuthenticationMiddleware:
     ) -> None:
         self.app = app
         self.gate = gate or Gate(settings, authenticators)
-        self._idle = self.gate.idle
         self._table = table
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one connection."""
-        if self._idle or scope["type"] not in ("http", "websocket"):
+        if self.gate.idle or scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
         context = request_context.ensure(scope)
@@ -96,8 +95,8 @@ class AuthenticationMiddleware:
                 raise self.gate.credentials_refused()
             found = await self.gate.identify(HTTPConnection(seen.connection_scope))
             context.principal = None if found is None else found.principal
-            context.state[Found] = found
-            await demand(self.gate, entry, scope, context)
+            context.state.setdefault(Found, {})[self.gate] = found
+            await demand(self.gate, found, entry, scope, context)
         except Problem as problem:
             await refuse(problem, scope, receive, send, layer=LAYER)
             return
@@ -125,13 +124,12 @@ class AuthenticationMiddleware:
             await expiry.finish()
 
 
-async def demand(gate: Gate, entry: RouteEntry, scope: Scope, context: RequestContext) -> None:
+async def demand(gate: Gate, found: Found | None, entry: RouteEntry, scope: Scope, context: RequestContext) -> None:
     """Demands of a caller what the default and a route demand.
 
     Raises:
         Problem: The caller is not let in.
     """
-    found: Found | None = context.state.get(Found)
     ambient = found is not None and is_ambient(found.authenticator)
     if not entry.overrides and not ambient:
         # What most requests are: nothing is said by the route, and the credentials are the caller's own.
@@ -166,10 +164,11 @@ async def demand_again(gate: Gate, entry: RouteEntry, scope: Scope, context: Req
     Raises:
         Problem: The caller is not let in; it has been told.
     """
-    if Found not in context.state:
-        return
+    found = context.state.get(Found, {})
+    if gate not in found:
+        return  # What is inside of another hardened application and has no gate of its own.
     try:
-        await demand(gate, entry, scope, context)
+        await demand(gate, found[gate], entry, scope, context)
     except Problem as problem:
         tell(problem, context, LAYER)
         raise
@@ -196,6 +195,7 @@ def check_routes(gate: Gate, table: RouteTable) -> None:
     """
     closed = sorted({str(entry.template) for entry in table if requirements_of(entry)})
     if closed and not gate.authenticators:
+        gate.idle = False  # Should the application go on all the same: on a mount no dependency would refuse.
         raise ConfigurationError(
             f"{', '.join(closed[:5])}: the route demands a caller who is known, but nothing could let anybody in; give "
             "harden() authenticators, as in harden(app, authenticators=[...]), or set auth.basic or auth.session"

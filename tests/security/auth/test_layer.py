@@ -674,6 +674,28 @@ def test_a_route_that_is_added_later_and_that_nobody_could_meet_is_told(caplog: 
     assert "/late: the route demands a caller who is known" in caplog.text
 
 
+def test_a_mount_that_is_added_later_and_that_nobody_could_meet_is_closed(tmp_path: Path) -> None:
+    """Where no dependency would refuse, the layer does, though there is no authenticator."""
+    (tmp_path / "text.txt").write_text("text")
+    app = FastAPI()
+    app.get("/open")(ok)
+    harden(app, Settings(_env_file=None))
+    client = TestClient(app)
+    assert client.get("/open").status_code == 200
+    router = APIRouter(dependencies=[RequireUser()])
+    router.mount("/files", StaticFiles(directory=tmp_path))
+    app.include_router(router)
+    assert client.get("/files/text.txt").status_code == 401
+    assert client.get("/open").status_code == 200
+
+
+@pytest.mark.parametrize("wrong", [Tokens, object(), "bearer"])
+def test_what_is_no_authenticator_is_refused(wrong: Any) -> None:
+    """Such as a class in place of an object."""
+    with pytest.raises(ConfigurationError, match="is no authenticator"):
+        harden(FastAPI(), Settings(_env_file=None), authenticators=[wrong])
+
+
 def test_what_is_open_is_told_at_the_start(closed: Kit, caplog: pytest.LogCaptureFixture) -> None:
     """In one line, and by the handle."""
     with caplog.at_level(logging.INFO):
@@ -735,6 +757,23 @@ def test_a_closed_application_stays_closed_where_it_is_mounted() -> None:
         assert client.get(f"{mount}/nope").status_code == 401
         assert client.get(f"{mount}/public").status_code == 200
         assert client.get(f"{mount}/plain", auth=("operator", "correct horse battery")).status_code == 200
+
+
+@pytest.mark.parametrize("hardened", ["outer", "inner", "both"])
+def test_a_middleware_of_a_mounted_hardened_application_does_not_lead_round_the_default(hardened: str) -> None:
+    """Whichever of the two is closed."""
+    outer, inner = FastAPI(), FastAPI()
+    inner.get("/asked", dependencies=[Public()])(ok)
+    inner.get("/secret")(ok)
+    inner.add_middleware(Rewrite, of="/inner/asked", to="/inner/secret")
+    outer.mount("/inner", inner)
+    for name, app in (("inner", inner), ("outer", outer)):
+        is_closed = hardened in (name, "both")
+        auth = {"default": "required"} if is_closed else {}
+        harden(app, Settings(_env_file=None, auth=auth), authenticators=[Tokens()] if is_closed else [])
+    client = TestClient(outer)
+    assert client.get("/inner/asked").status_code == 401
+    assert client.get("/inner/asked", headers=bearer("anna")).status_code == 200
 
 
 def test_who_is_known_outside_is_not_known_inside() -> None:
