@@ -65,9 +65,9 @@ def take_credentials(scope: Scope, query_parameters: Collection[str] = ()) -> Ha
         token = given.pop(place)
         without = [pair for pair in scope["headers"] if pair[0] != _PROTOCOL]
         ambiguous = any(name == b"authorization" for name, _ in without)
-        whole["headers"] = [*without, (b"authorization", b"Bearer " + token.encode("latin-1"))]
+        whole["headers"] = [*without, (b"authorization", b"Bearer " + token.encode("latin-1", "replace"))]
         scope["subprotocols"] = given
-        scope["headers"] = [*without, (_PROTOCOL, ", ".join(given).encode("latin-1"))]
+        scope["headers"] = [*without, (_PROTOCOL, ", ".join(given).encode("latin-1", "replace"))]
     if taken:
         scope["query_string"] = b"&".join(
             pair for pair in query.split(b"&") if not _is_credential(pair, query_parameters)

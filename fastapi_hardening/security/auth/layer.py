@@ -183,6 +183,16 @@ def _adding(send: Send, added: AnswerFields) -> Send:
     return send_with_fields
 
 
+def _unmet(gate: Gate, table: RouteTable) -> set[str]:
+    """The routes with requirements, but for those of mounted applications that are hardened with their own gate."""
+    met: set[int] = set()
+    for application in table.applications:
+        hardening = getattr(application.state, "hardening", None)
+        if hardening is not None and hardening.auth is not gate and not hardening.auth.idle:
+            met.update(id(each) for entry in hardening.table for each in requirements_of(entry))
+    return {str(entry.template) for entry in table if any(id(each) not in met for each in requirements_of(entry))}
+
+
 def check_routes(gate: Gate, table: RouteTable) -> None:
     """Tells what is open, and refuses routes whose demands nobody could meet.
 
@@ -193,12 +203,12 @@ def check_routes(gate: Gate, table: RouteTable) -> None:
     Raises:
         ConfigurationError: A route demands a caller who is known, and there is no authenticator.
     """
-    closed = sorted({str(entry.template) for entry in table if requirements_of(entry)})
-    if closed and not gate.authenticators:
+    closed = set() if gate.authenticators else _unmet(gate, table)
+    if closed:
         gate.idle = False  # Should the application go on all the same: on a mount no dependency would refuse.
         raise ConfigurationError(
-            f"{', '.join(closed[:5])}: the route demands a caller who is known, but nothing could let anybody in; give "
-            "harden() authenticators, as in harden(app, authenticators=[...]), or set auth.basic or auth.session"
+            f"{', '.join(sorted(closed)[:5])}: the route demands a caller who is known, but nothing could let anybody "
+            "in; give harden() authenticators, as in harden(app, authenticators=[...]), or set auth.basic or auth.session"
         )
     if gate.required:
         free = {entry.template or f"a {entry.kind} route" for entry in table if is_open(entry, required=True)}

@@ -147,8 +147,7 @@ class Sessions:
             began=now,
             seen=now,
         )
-        value = await self._kept(session)
-        response.headers.append("set-cookie", self._cookie(value, secure=self._is_secure(connection)))
+        self._set(connection, response, await self._kept(session))
 
     async def logout(self, connection: HTTPConnection, response: Response, *, everywhere: bool = False) -> None:
         """Ends the session of a request, takes its cookie away and has the browser forget what it kept of the site.
@@ -163,7 +162,7 @@ class Sessions:
             await self._end(session)
             if everywhere:
                 await self.revoke_all(session.principal.id)
-        response.headers.append("set-cookie", self._cookie("", secure=self._is_secure(connection)))
+        self._set(connection, response, "")
         response.headers["clear-site-data"] = _CLEARED
 
     async def revoke_all(self, subject: str) -> None:
@@ -239,6 +238,13 @@ class Sessions:
         if not await self._store.put(_ended(session.id), b"1", self._settings.absolute_seconds):
             raise ConnectionError("the store has no room for the end of a session")
         await self._store.delete(_place(session.id))
+
+    def _set(self, connection: HTTPConnection, response: Response, value: str) -> None:
+        """Puts the cookie on an answer, in place of a renewal that this request has brought about."""
+        renewals = request_context.ensure(connection.scope).state.get(AnswerFields)
+        if renewals is not None:
+            renewals.fields.clear()
+        response.headers.append("set-cookie", self._cookie(value, secure=self._is_secure(connection)))
 
     def _cookie(self, value: str, *, secure: bool) -> str:
         parts = [f"{self.cookie_name(secure=secure)}={value}", "Path=/", "HttpOnly"]

@@ -653,6 +653,14 @@ def test_closed_without_a_key_is_refused() -> None:
         AuthenticationMiddleware(FastAPI(), AuthSettings(default="required"))
 
 
+def test_what_is_switched_off_asks_nobody() -> None:
+    """Neither whom the settings name; the routes that demand somebody are refused before the first request."""
+    app = FastAPI()
+    auth = {"enabled": False, "basic": {"users": {"operator": "correct horse battery"}}}
+    handle = harden(app, Settings(_env_file=None, auth=auth))
+    assert (handle.auth.authenticators, handle.auth.idle) == ((), True)
+
+
 def test_a_requirement_that_nobody_could_meet_is_refused_before_the_first_request() -> None:
     """With the route that has it."""
     app = FastAPI()
@@ -776,6 +784,22 @@ def test_a_middleware_of_a_mounted_hardened_application_does_not_lead_round_the_
     assert client.get("/inner/asked", headers=bearer("anna")).status_code == 200
 
 
+def test_a_mounted_application_with_a_gate_of_its_own_needs_none_outside() -> None:
+    """Its requirements are met there; those of others are not."""
+    outer = FastAPI()
+    outer.mount("/inner", inner_app("operator"))
+    harden(outer, Settings(_env_file=None))
+    client = TestClient(outer)
+    assert client.get("/inner/me").status_code == 401
+    assert client.get("/inner/me", auth=("operator", "correct horse battery")).json() == "operator"
+    another = FastAPI()
+    another.mount("/inner", inner_app("operator"))
+    another.get("/mine", dependencies=[RequireUser()])(ok)
+    harden(another, Settings(_env_file=None))
+    with pytest.raises(ConfigurationError, match=r"^/mine: the route"):
+        another.build_middleware_stack()
+
+
 def test_who_is_known_outside_is_not_known_inside() -> None:
     """A customer of the outer application is no operator of the inner one."""
     outer = FastAPI()
@@ -840,6 +864,26 @@ def test_websockets_are_closed(path: str) -> None:
     if path.endswith("/talk"):
         with client.websocket_connect(path, headers=bearer("anna")) as websocket:
             assert websocket.receive_text() == "hello"
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_handshake_that_is_rewritten_does_not_lead_round_the_default(copies: bool) -> None:
+    """As with requests."""
+    app = FastAPI()
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.close()
+
+    app.websocket("/asked", dependencies=[Public()])(talk)
+    app.websocket("/secret")(talk)
+    app.add_middleware(Rewrite, to="/secret", copies=copies)
+    client = Kit(app, auth=REQUIRED).client()
+    with pytest.raises(WebSocketDenialResponse) as denied, client.websocket_connect("/asked"):
+        raise AssertionError("accepted")
+    assert denied.value.status_code == 401
+    with client.websocket_connect("/asked", headers=bearer("anna")) as websocket:
+        assert websocket.receive()["type"] == "websocket.close"
 
 
 # --- regressions that were published elsewhere ------------------------------------------------------------------------

@@ -205,6 +205,19 @@ def test_a_signed_cookie_is_written_again_now_and_then() -> None:
     assert cookie_of(client.get("/me")).startswith("session=")
 
 
+@pytest.mark.parametrize(("path", "status"), [("/login?name=ben", 200), ("/logout", 401)])
+def test_a_login_or_logout_comes_before_a_renewal(path: str, status: int) -> None:
+    """Of one request: an answer sets the cookie once, to what it is from then on."""
+    house = House(idle_seconds=100)
+    client = house.client()
+    client.post("/login")
+    house.clock.advance(50)
+    cookie_of(client.post(path))
+    assert me(client) == status
+    if status == 200:
+        assert client.get("/me").json()[0] == "ben"
+
+
 def test_a_session_that_was_ended_is_not_written_again() -> None:
     """By a request that was under way meanwhile: the mark of its end stays."""
     house = House(storage="store", idle_seconds=100)
