@@ -57,7 +57,7 @@ def settings() -> Iterator[str]:
         yield ""
         yield _text(field.description)
         yield ""
-        yield from _table([((name, key), inner) for key, inner in model.model_fields.items()])
+        yield from _table(list(_rows(model, (name,))))
     yield "### Planned concerns { #planned }"
     yield ""
     yield "Their names are taken, and switching one on is refused. The other keys are accepted and do **nothing** yet."
@@ -107,6 +107,17 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
+def _rows(model: type[BaseModel], above: Path_) -> Iterator[tuple[Path_, FieldInfo]]:
+    """The keys of a concern, and in place of a part with keys of its own those keys."""
+    for key, field in model.model_fields.items():
+        choices = (field.annotation, *get_args(field.annotation))
+        inner = next((found for choice in choices if (found := _model_in(choice)) is not None), None)
+        if inner is None:
+            yield (*above, key), field
+        else:
+            yield from _rows(inner, (*above, key))
+
+
 def _described(field: FieldInfo, description: str | None) -> FieldInfo:
     copy = FieldInfo(annotation=field.annotation, default=field.default, description=description)
     copy.metadata = field.metadata
@@ -118,7 +129,7 @@ def _table(rows: list[tuple[Path_, FieldInfo]]) -> Iterator[str]:
     below: list[tuple[str, str]] = []
     for path, field in rows:
         key = ".".join(path)
-        default = _value(field.default)
+        default = _value(field.get_default(call_default_factory=True))
         if len(default) > LONG:
             below.append((key, default.strip("`")))
             default = "below"
@@ -153,7 +164,7 @@ def _text(docstring: str | None) -> str:
 
 def _value(value: Any) -> str:
     """A default as one would write it in the environment."""
-    if value is None or value in ("", ()):
+    if value is None or value in ("", (), {}):
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
@@ -169,6 +180,7 @@ _KINDS: dict[Any, str] = {
     str: "text",
     SecretStr: "secret",
     tuple: "list",
+    dict: "object in JSON",
     type(None): "none",
 }
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}

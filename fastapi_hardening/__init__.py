@@ -9,11 +9,22 @@ Example:
 
 from fastapi_hardening.core.check import CheckResult
 from fastapi_hardening.core.configuration import ConfigurationError
+from fastapi_hardening.core.identity import Principal
 from fastapi_hardening.core.problem import Problem
 from fastapi_hardening.handle import Hardening
 from fastapi_hardening.harden import harden
 from fastapi_hardening.observability.access_log import configure_logging
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
+from fastapi_hardening.security.auth.overrides import (
+    Authorize,
+    CurrentUser,
+    OptionalUser,
+    Public,
+    RequirePermissions,
+    RequireRoles,
+    RequireScopes,
+    RequireUser,
+)
 from fastapi_hardening.security.cors import Cors
 from fastapi_hardening.security.rate_limit import RateLimit
 from fastapi_hardening.security.request_limits import RequestLimits
@@ -21,16 +32,25 @@ from fastapi_hardening.security.security_headers import CspNonce, SecurityHeader
 from fastapi_hardening.settings import Settings
 
 __all__ = [
+    "Authorize",
     "CheckResult",
     "ConfigurationError",
     "Cors",
     "CspNonce",
     "CurrentRequest",
+    "CurrentUser",
     "Hardening",
+    "OptionalUser",
+    "Principal",
     "Problem",
+    "Public",
     "RateLimit",
     "RequestId",
     "RequestLimits",
+    "RequirePermissions",
+    "RequireRoles",
+    "RequireScopes",
+    "RequireUser",
     "SecurityHeaders",
     "Settings",
     "configure_logging",

@@ -11,10 +11,14 @@ from fastapi_hardening.core.check import CheckResult, Checks
 from fastapi_hardening.core.client_ip import ClientAddressResolver
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.events import Events
+from fastapi_hardening.core.identity import Authenticator
 from fastapi_hardening.core.lifecycle import Lifecycle
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore
 from fastapi_hardening.observability.metrics import Recorder
+from fastapi_hardening.security.auth.gate import Gate
+from fastapi_hardening.security.auth.overrides import is_open
+from fastapi_hardening.security.auth.rbac import PermissionsOf
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.settings import Settings
 
@@ -63,12 +67,14 @@ class RoutePolicies:
         methods: The methods that it takes; empty for any.
         kind: ``http``, ``websocket``, ``mount`` (not looked into) or ``other``.
         overrides: The overrides by the name of their class, the outermost level first.
+        open: Somebody unknown may call it.
     """
 
     template: str | None
     methods: tuple[str, ...]
     kind: str
     overrides: Mapping[str, tuple[Any, ...]]
+    open: bool = True
 
 
 class Hardening:
@@ -82,6 +88,7 @@ class Hardening:
         checks: Health checks; add your own.
         metrics: What is recorded; add your own series and functions.
         store: Where shared state is kept.
+        auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
         client_addresses: Finds the client's address.
         table: The routes of the application and of everything mounted under it.
@@ -95,13 +102,21 @@ class Hardening:
     checks: Checks
     metrics: Recorder
     store: StateStore
+    auth: Gate
     lifecycle: Lifecycle
     client_addresses: ClientAddressResolver
     table: RouteTable
     clock: Clock
 
     def __init__(
-        self, app: FastAPI, settings: Settings, inbound: Sequence[Slot] = (), *, clock: Clock | None = None
+        self,
+        app: FastAPI,
+        settings: Settings,
+        inbound: Sequence[Slot] = (),
+        *,
+        authenticators: Sequence[Authenticator] = (),
+        permissions_of: PermissionsOf | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._inbound = inbound
         self.settings = settings
@@ -117,6 +132,9 @@ class Hardening:
             clock=self.clock,
         )
         self.store = MemoryStore(clock=self.clock)
+        self.auth = Gate(
+            settings.auth, authenticators, permissions_of=permissions_of, store=self.store, clock=self.clock
+        )
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(
             settings.trusted_proxies, forwarded_header=settings.forwarded_header, events=self.events
@@ -142,7 +160,7 @@ class Hardening:
 
     def routes(self) -> tuple[RoutePolicies, ...]:
         """Every route, mounts looked into, with the overrides that hold on it."""
-        return tuple(_policies(entry) for entry in self.table)
+        return tuple(_policies(entry, required=self.auth.required) for entry in self.table)
 
     def _client_address(self) -> CheckResult:
         proxy = self.client_addresses.unknown_proxy
@@ -151,6 +169,7 @@ class Hardening:
         return CheckResult("warn", f"{proxy} sends forwarding headers; if it is your proxy, add it to trusted_proxies")
 
 
-def _policies(entry: RouteEntry) -> RoutePolicies:
+def _policies(entry: RouteEntry, *, required: bool) -> RoutePolicies:
     overrides = {kind.__name__: overrides for kind, overrides in entry.overrides.items()}
-    return RoutePolicies(entry.template, tuple(sorted(entry.methods or ())), entry.kind, overrides)
+    methods = tuple(sorted(entry.methods or ()))
+    return RoutePolicies(entry.template, methods, entry.kind, overrides, is_open(entry, required=required))

@@ -10,7 +10,7 @@ Example:
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
@@ -23,15 +23,21 @@ from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.headers import RawHeaders
-from fastapi_hardening.core.routes import RouteTable
+from fastapi_hardening.core.identity import Authenticator
+from fastapi_hardening.core.policy import Guard, allow_nobody, either
+from fastapi_hardening.core.routes import RouteTable, table_of
 from fastapi_hardening.handle import Hardening, Slot
 from fastapi_hardening.observability.access_log import AccessLogMiddleware
-from fastapi_hardening.observability.health import HealthMiddleware
-from fastapi_hardening.observability.metrics import MetricsMiddleware
+from fastapi_hardening.observability.health import HealthMiddleware, details_guard
+from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_guard
 from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware
 from fastapi_hardening.performance.fast_routing import FastRouting
 from fastapi_hardening.resilience.drain import DrainMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
+from fastapi_hardening.security.auth import openapi as auth_openapi
+from fastapi_hardening.security.auth.layer import AuthenticationMiddleware, check_routes, demand_again
+from fastapi_hardening.security.auth.overrides import require_permissions
+from fastapi_hardening.security.auth.rbac import PermissionsOf
 from fastapi_hardening.security.cors import CorsMiddleware, take_over
 from fastapi_hardening.security.rate_limit import RateLimitMiddleware
 from fastapi_hardening.security.request_limits import RequestLimitsMiddleware
@@ -45,13 +51,16 @@ INBOUND: tuple[Slot, ...] = (
     Slot("probes", "health", "liveness, readiness, start-up and the health report, before anything can refuse them",
          lambda h, app: HealthMiddleware(
              app, h.settings.health, checks=h.checks, lifecycle=h.lifecycle, fields=_probe_fields(h),
-             about={"serviceId": h.service_name}, events=h.events, clock=h.clock)),
+             guard=_guard(h, details_guard(h.settings.health)), about={"serviceId": h.service_name},
+             events=h.events, clock=h.clock)),
     Slot("request context", "request_id", "id, client address and route of the request, once, for everything below",
          lambda h, app: RequestContextMiddleware(app, h.settings.request_id, maker=_context_maker(h))),
     Slot("access log", "access_log", "one structured line a request",
          lambda h, app: AccessLogMiddleware(app, h.settings.access_log, clock=h.clock)),
     Slot("metrics", "metrics", "rate, errors and duration by route",
-         lambda h, app: MetricsMiddleware(app, recorder=h.metrics, fields=_policy_fields(h), clock=h.clock)),
+         lambda h, app: MetricsMiddleware(
+             app, recorder=h.metrics, guard=_guard(h, metrics_guard(h.settings.metrics)), fields=_policy_fields(h),
+             clock=h.clock)),
     Slot("tracing", "tracing", "one server span"),
     Slot("security headers", "security_headers", "header fields that protect browsers, on every answer",
          lambda h, app: SecurityHeadersMiddleware(app, h.settings.security_headers)),
@@ -70,7 +79,8 @@ INBOUND: tuple[Slot, ...] = (
     Slot("address limit", "address_limit", "flood guard by client address, without I/O",
          lambda h, app: AddressLimitMiddleware(app, h.settings.address_limit, clock=h.clock)),
     Slot("version", "versioning", "which version of the API is asked for"),
-    Slot("authentication", "auth", "who calls, and whether the route lets them"),
+    Slot("authentication", "auth", "who calls, and whether the route lets them",
+         lambda h, app: AuthenticationMiddleware(app, gate=h.auth)),
     Slot("tenancy", "tenancy", "whose data it is about"),
     Slot("rate limit", "rate_limit", "limits by client and route; by identity, plan and tenant once they are known",
          lambda h, app: RateLimitMiddleware(app, h.settings.rate_limit, clock=h.clock)),
@@ -81,7 +91,14 @@ INBOUND: tuple[Slot, ...] = (
 )  # fmt: skip
 
 
-def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | None = None) -> Hardening:
+def harden(
+    app: FastAPI,
+    settings: Settings | None = None,
+    *,
+    authenticators: Sequence[Authenticator] = (),
+    permissions_of: PermissionsOf | None = None,
+    clock: Clock | None = None,
+) -> Hardening:
     """Hardens an application: security headers, errors, request ids, probes, draining, in the right order.
 
     Call it once, where the application is made. Routes, routers, mounts, middlewares and OpenTelemetry instrumentation
@@ -90,6 +107,8 @@ def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | Non
     Args:
         app: The application.
         settings: The settings; by default they come from the environment.
+        authenticators: Who finds out who calls, asked in this order, before those that the settings name.
+        permissions_of: Gives the permissions of a set of roles, beside the settings; sync or async.
         clock: Where the time comes from; for tests.
 
     Returns:
@@ -108,18 +127,23 @@ def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | Non
         raise ConfigurationError("harden() was called on this application before; its handle is app.state.hardening")
     if app.middleware_stack is not None:
         raise ConfigurationError("harden() was called after the application began to serve; call it where it is made")
-    handle = app.state.hardening = Hardening(app, settings or Settings(), INBOUND, clock=clock)
+    handle = app.state.hardening = Hardening(
+        app, settings or Settings(), INBOUND, authenticators=authenticators, permissions_of=permissions_of, clock=clock
+    )
     build, lifespan = app.build_middleware_stack, app.router.lifespan_context
 
     def build_hardened_stack() -> ASGIApp:
         adopt_all = _adopting(handle)
         adopt_all(handle.table.built())
-        handle.table.on_rebuilt.append(adopt_all)
+        check_routes(handle.auth, handle.table)
+        handle.table.on_rebuilt += [adopt_all, _telling_of_routes(handle)]
         taken = take_over(app, handle.settings.cors)
         handle.cors = taken or handle.settings.cors
         inner = build()
-        # Mounted in another hardened application, ours step aside, but a policy that was taken over still holds.
-        bare = inner if taken is None else CorsMiddleware(inner, taken)
+        # Mounted in another hardened application, ours step aside, but who may call is never for others to say, and a
+        # policy that was taken over still holds.
+        bare = inner if handle.auth.idle else AuthenticationMiddleware(inner, gate=handle.auth, table=handle.table)
+        bare = bare if taken is None else CorsMiddleware(bare, taken)
         # A server error middleware outermost: what instruments the application later expects one there.
         return ServerErrorMiddleware(_around(handle, inner, bare), handler=errors.exception_handler)  # type: ignore[arg-type]
 
@@ -133,11 +157,12 @@ def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | Non
                 handle.lifecycle.finish("lifespan")
                 yield state
 
-    app.router.middleware_stack = FastRouting(app.router, handle.table, handle.settings.routing)
+    _route(app, handle)
     app.build_middleware_stack = build_hardened_stack  # type: ignore[method-assign]
     app.router.lifespan_context = hardened_lifespan
     if handle.settings.errors.enabled and handle.settings.errors.format == "problem":
         errors.describe(app)  # now, for a document that is exported without serving; again when the stack is built
+    auth_openapi.describe(app, handle.auth)
     for key in handle.settings.without_effect():
         logger.warning("%s is set, but this concern is not built yet, so it has no effect", key)
     logger.info("hardened %s: %s", app.title, ", ".join(layer.name for layer in handle.pipeline if layer.state == "on"))
@@ -161,8 +186,45 @@ def _adopting(handle: Hardening) -> Callable[[RouteTable], None]:
         if handle.settings.errors.enabled:
             for application in table.applications:
                 errors.install(application, handle.settings.errors)
+        for application in table.applications:
+            if not handle.auth.idle and isinstance(application, FastAPI):
+                auth_openapi.describe(application, handle.auth)
+            _route(application, handle)
 
     return adopt
+
+
+def _route(application: Any, handle: Hardening) -> None:
+    """Puts routing by the table in front of a router, which asks again who may call where a middleware moves them."""
+    stack = application.router.middleware_stack
+    if not (isinstance(stack, FastRouting) and stack.owner is handle):
+        application.router.middleware_stack = FastRouting(
+            application.router,
+            table_of(application),
+            handle.settings.routing,
+            moved=lambda entry, scope, context: demand_again(handle.auth, entry, scope, context),
+            owner=handle,
+        )
+
+
+def _telling_of_routes(handle: Hardening) -> Callable[[RouteTable], None]:
+    """Says of routes that are added later what would have been refused at the start; they are closed by themselves."""
+
+    def tell(table: RouteTable) -> None:
+        try:
+            check_routes(handle.auth, table)
+        except ConfigurationError as error:
+            logger.warning("%s", error)
+
+    return tell
+
+
+def _guard(handle: Hardening, guard: Guard) -> Guard:
+    """A guard that also lets in who has the permission for operations, where the settings name one."""
+    permission = handle.settings.auth.operations_permission
+    if permission is None or guard is allow_nobody:
+        return guard
+    return either(guard, require_permissions(permission, gate=handle.auth))
 
 
 def _probe_fields(handle: Hardening) -> Callable[[RawHeaders, Scope], RawHeaders]:

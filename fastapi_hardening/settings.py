@@ -29,6 +29,7 @@ from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
+from fastapi_hardening.security.auth.settings import AuthSettings
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.security.rate_limit import RateLimitSettings
 from fastapi_hardening.security.request_limits import RequestLimitsSettings
@@ -52,20 +53,6 @@ class TracingSettings(NotBuiltYet):
 
     engine: Literal["own", "instrumentation", "native"] = "own"
     """What makes the server span."""
-
-
-class AuthSettings(NotBuiltYet):
-    """Authentication; planned."""
-
-    default: Literal["optional", "required"] = "optional"
-    """Whether a route that says nothing demands a caller who is known."""
-
-    @field_validator("default")
-    @classmethod
-    def _is_not_relied_on(cls, default: str) -> str:
-        if default == "required":
-            raise ValueError("authentication is not built yet (see the changelog), so nothing would be closed by this")
-        return default
 
 
 class InputValidationSettings(NotBuiltYet):
@@ -176,7 +163,7 @@ class Settings(BaseSettings):
     """API versions; planned."""
 
     auth: AuthSettings = AuthSettings()
-    """Authentication; planned."""
+    """Who calls, and whether the route lets them."""
 
     tenancy: NotBuiltYet = NotBuiltYet()
     """Tenants; planned."""

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, WebSocket
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message
 
 import fastapi_hardening
-from fastapi_hardening import SecurityHeaders, Settings, harden
+from fastapi_hardening import Principal, SecurityHeaders, Settings, harden
 
 pytestmark = pytest.mark.anyio
 
 PACKAGE = str(Path(fastapi_hardening.__file__).parent)
 OURS = "our "
+ANNA = Principal("anna")
 
 # The innermost middleware of every application: what comes before it leads in, what comes after it leads out.
 INNERMOST = "ExceptionMiddleware.__call__"
@@ -26,7 +28,7 @@ INNERMOST = "ExceptionMiddleware.__call__"
 
 # Calls of Python functions that a concern may add to a request; raise a number here only knowingly.
 MOST_CALLS = 16
-MOST_CALLS_OF = {"access_log": 60, "metrics": 26, "rate_limit": 30}
+MOST_CALLS_OF = {"access_log": 60, "auth": 1, "metrics": 26, "rate_limit": 30}
 MOST_CALLS_OF_THE_REST = 30
 
 
@@ -252,6 +254,25 @@ async def test_concern_takes_few_calls(concern: str | None) -> None:
         assert off - (await Recorder(hardened=False).serve("GET /ok")).calls <= MOST_CALLS_OF_THE_REST
     else:
         assert (await Recorder().serve("GET /ok")).calls - off <= MOST_CALLS_OF.get(concern, MOST_CALLS)
+
+
+@pytest.mark.parametrize(("asked", "most"), [("GET /ok", 30), ("WS /echo", 55)])
+async def test_a_caller_who_is_let_in_costs_few_calls(asked: str, most: int) -> None:
+    """What authentication adds where everything is closed, beside the authenticator; no function on the way out."""
+
+    class Everybody:
+        scheme = "bearer"
+        challenge = "Bearer"
+
+        async def authenticate(self, _connection: HTTPConnection) -> Principal:
+            return ANNA
+
+    on = Recorder(hardened=False)
+    harden(on.app, Settings(auth={"default": "required"}), authenticators=[Everybody()])
+    off = await Recorder(Settings(auth={"enabled": False})).serve(asked)
+    await on.serve(asked)
+    assert on.calls - off.calls <= most
+    assert on.outside[0].sends == off.outside[0].sends
 
 
 async def test_calls_do_not_grow_with_the_number_of_routes() -> None:

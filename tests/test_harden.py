@@ -65,6 +65,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "DrainMiddleware",
         "RequestLimitsMiddleware",
         "AddressLimitMiddleware",
+        "AuthenticationMiddleware",
         "RateLimitMiddleware",
     ]
     on = [layer.name for layer in handle.pipeline if layer.state == "on"]
@@ -79,6 +80,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "drain",
         "request limits",
         "address limit",
+        "authentication",
         "rate limit",
     ]
 

@@ -8,19 +8,28 @@ import pytest
 
 import fastapi_hardening
 
-OPTIONAL = ("redis", "httpx2", "argon2", "nh3", "rich")
+OPTIONAL = ("redis", "httpx2", "argon2", "itsdangerous", "nh3", "rich")
 
 PUBLIC = [
+    "Authorize",
     "CheckResult",
     "ConfigurationError",
     "Cors",
     "CspNonce",
     "CurrentRequest",
+    "CurrentUser",
     "Hardening",
+    "OptionalUser",
+    "Principal",
     "Problem",
+    "Public",
     "RateLimit",
     "RequestId",
     "RequestLimits",
+    "RequirePermissions",
+    "RequireRoles",
+    "RequireScopes",
+    "RequireUser",
     "SecurityHeaders",
     "Settings",
     "configure_logging",
@@ -79,5 +88,5 @@ def test_public_names_are_pinned() -> None:
 def test_public_name_says_what_it_is(name: str) -> None:
     """Everything that is offered and can carry a docstring has one."""
     offered = getattr(fastapi_hardening, name)
-    if callable(offered) and name not in ("CspNonce", "CurrentRequest", "RequestId"):
+    if callable(offered) and name not in ("CspNonce", "CurrentRequest", "CurrentUser", "OptionalUser", "RequestId"):
         assert offered.__doc__

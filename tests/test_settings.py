@@ -169,7 +169,7 @@ def test_all_mistakes_are_said_at_once_each_with_its_source(monkeypatch: Environ
         ({"health": {"livez_path": "/x", "readyz_path": "/x"}}, "belongs to one probe"),
         ({"health": {"token": "short"}}, "openssl rand -hex 16"),
         ({"workers": {"many": 3}}, "workers: has no keys of its own"),
-        ({"auth": {"default": "required"}}, "auth.default: authentication is not built yet"),
+        ({"auth": {"default": "required", "enabled": False}}, "auth: enabled is false, so default='required' would"),
         ({"health": 3}, "health: takes keys of its own, not int"),
         ({"health": "{"}, "health: is not JSON"),
         ({"trusted_proxies": "[1"}, "trusted_proxies: is not JSON"),

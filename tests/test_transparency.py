@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
@@ -29,11 +30,13 @@ from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
 from starlette.background import BackgroundTask
+from starlette.requests import HTTPConnection
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_hardening import RequestId, Settings, harden
 from fastapi_hardening.core import context as request_context
+from fastapi_hardening.core.identity import Authenticator, Principal
 
 OURS = frozenset(
     b"""x-request-id x-content-type-options x-frame-options content-security-policy content-security-policy-report-only
@@ -776,12 +779,14 @@ def servers_that_give_up(app: FastAPI, note: Note) -> None:
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-async def seen_by(sent: Sent, make: Make, settings: Settings | None) -> list[object]:
+async def seen_by(
+    sent: Sent, make: Make, settings: Settings | None, authenticators: Sequence[Authenticator] = ()
+) -> list[object]:
     """Everything that happens, in its order, in the bare or in the hardened application."""
     connection, app = Connection(sent), FastAPI()
     make(app, connection.note)
     if settings is not None:
-        harden(app, settings)
+        harden(app, settings, authenticators=authenticators)
     await connection.serve(app)
     return connection.seen
 
@@ -799,6 +804,25 @@ def cases(*, errors: bool) -> list[Any]:
         for number, sent in enumerate(each.sent)
         if errors == (name == "errors" or "boom" in sent.asked or sent.asked == "GET /handled")
     ]
+
+
+class Everybody:
+    """Knows everybody, for an hour."""
+
+    scheme = "bearer"
+    challenge = "Bearer"
+
+    async def authenticate(self, _connection: HTTPConnection) -> Principal | None:
+        return Principal("anna", expires_at=time.time() + 3600)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("make", "sent"), cases(errors=False))
+async def test_a_caller_who_is_let_in_sees_what_the_bare_application_does(make: Make, sent: Sent) -> None:
+    """Authentication changes no message of a caller who is known, also on a websocket whose end is watched."""
+    without = await seen_by(sent, make, Settings())
+    let_in = await seen_by(sent, make, Settings(auth={"default": "required"}), [Everybody()])
+    assert kinds(let_in) == kinds(without)
 
 
 @pytest.mark.anyio

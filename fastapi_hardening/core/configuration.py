@@ -90,6 +90,11 @@ def from_text(model: type[BaseModel], key: str, value: Any) -> Any:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
+def takes_mapping(model: type[BaseModel], key: str) -> bool:
+    """Whether the value of a key is a mapping, and no section with keys of its own."""
+    return dict in _containers(model.model_fields[key].annotation)
+
+
 def from_json(text: str) -> Any:
     """A value written as JSON.
 

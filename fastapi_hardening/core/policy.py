@@ -130,6 +130,18 @@ async def allow_private_peers(connection: HTTPConnection) -> None:
         raise GuardRefused
 
 
+def either(first: Guard, second: Guard) -> Guard:
+    """A guard that lets in whoever one of the two lets in; the second says why it does not."""
+
+    async def guard(connection: HTTPConnection) -> None:
+        try:
+            await first(connection)
+        except Problem:
+            await second(connection)
+
+    return guard
+
+
 def require_token(token: SecretStr) -> Guard:
     """A guard that lets in who sends ``Authorization: Bearer`` with this token; the comparison takes constant time.
 

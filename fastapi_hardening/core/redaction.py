@@ -27,9 +27,10 @@ _CONTAINED = (
     "accesskey apikey authorization clientcert cookie credential jwt passphrase passwd password privatekey secret "
     "sessionid sessionkey signature token"
 )
-_WHOLE = "auth cvc cvv otp pin pwd session sid sig xauth"
-# The authorization code of OAuth; anywhere but in a query a code is something else.
-_WHOLE_IN_QUERY = "code key"
+# The last one carries tokens of websockets.
+_WHOLE = "auth cvc cvv otp pin pwd session sid sig xauth secwebsocketprotocol"
+# The authorization code of OAuth, the ticket of a websocket; anywhere but in a query they are something else.
+_WHOLE_IN_QUERY = "code key ticket"
 
 _PAIR = re.compile(r"([?&;#])([^=&;#?\s\"'<>]{1,128})=([^&;#\s\"'<>]+)")
 _SCHEME = re.compile(r"\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{16,}", re.IGNORECASE)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from dotenv import dotenv_values
 from pydantic import BaseModel
 
-from fastapi_hardening.core.configuration import did_you_mean, from_json, from_text, warn_renamed
+from fastapi_hardening.core.configuration import did_you_mean, from_json, from_text, takes_mapping, warn_renamed
 
 PREFIX = "HARDENING_"
 _FILE = "HARDENING_FILE"
@@ -103,7 +103,7 @@ def _leaves(
         try:
             value = from_text(model, name, given)
             inner = _model_in(field.annotation)
-            if inner is None and not isinstance(value, Mapping):
+            if inner is None and (not isinstance(value, Mapping) or takes_mapping(model, name)):
                 yield path, value
                 continue
             value = from_json(value) if isinstance(value, str) else value

@@ -311,7 +311,7 @@ class HealthMiddleware:
         self._settings = settings = settings or HealthSettings()
         self._health = Health(checks or Checks(), settings, events=events, clock=clock)
         self._lifecycle = lifecycle or Lifecycle()
-        self._guard = guard or _guard(settings)
+        self._guard = guard or details_guard(settings)
         self._fields = fields
         self._about = about or {}
         self._told: set[str] = set()
@@ -393,7 +393,8 @@ class HealthMiddleware:
         return True
 
 
-def _guard(settings: HealthSettings) -> Guard:
+def details_guard(settings: HealthSettings) -> Guard:
+    """Who sees the single checks, as the settings say."""
     if settings.details == "always":
         return allow_everybody
     if settings.details == "never":

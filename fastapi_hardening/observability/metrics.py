@@ -397,7 +397,7 @@ class MetricsMiddleware:
         self._now = now
         self.app: ASGIApp = _Instrumentator(app, recorder) if tally is None and self._enabled else app
         self._path = settings.path if settings.port is None else None
-        self._guard = guard or (allow_private_peers if settings.token is None else require_token(settings.token))
+        self._guard = guard or metrics_guard(settings)
         self._fields = fields
         self._told = False
 
@@ -474,6 +474,11 @@ class MetricsMiddleware:
         ]
         await send_with_fields({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+
+def metrics_guard(settings: MetricsSettings) -> Guard:
+    """Who may read the metrics, as the settings say."""
+    return allow_private_peers if settings.token is None else require_token(settings.token)
 
 
 async def _nothing() -> None:

@@ -17,7 +17,7 @@ Example:
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.routing import Match
@@ -25,7 +25,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.configuration import ConcernSettings
-from fastapi_hardening.core.routes import RouteTable
+from fastapi_hardening.core.context import RequestContext
+from fastapi_hardening.core.routes import RouteEntry, RouteTable
+
+Moved = Callable[[RouteEntry, Scope, RequestContext], Awaitable[None]]
 
 # As many sets of candidates as an application's routes make; those that a client's paths make up are not remembered.
 _MOST_LISTS = 2_000
@@ -45,26 +48,42 @@ class FastRouting:
     answer is that of the other route, and so are the policies on it.
 
     Args:
-        router: The router of the application.
+        router: The router of an application.
         table: The table of its routes.
         settings: Whether it is fast.
+        moved: Told of a request that a middleware has moved to another path, before it is routed there.
+        owner: Whose it is, so that nobody puts a second one around.
     """
 
-    def __init__(self, router: Any, table: RouteTable, settings: RoutingSettings | None = None) -> None:
+    def __init__(
+        self,
+        router: Any,
+        table: RouteTable,
+        settings: RoutingSettings | None = None,
+        *,
+        moved: Moved | None = None,
+        owner: object = None,
+    ) -> None:
         self.app: ASGIApp = router.middleware_stack
         settings = settings or RoutingSettings()
         # A router with middlewares of its own calls itself behind them, where no list could be handed to it.
         self._fast = settings.enabled and settings.fast and self.app == router.app
         self._router = router
         self._table = table
+        self._moved = moved
+        self.owner = owner
         self._short: dict[tuple[int, ...], ASGIApp] = {}
         table.on_rebuilt.append(lambda _table: self._short.clear())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Routes one connection."""
         context = request_context.of(scope)
-        if context is not None and scope["path"] != context.path and "app_root_path" not in scope:
-            context.path, context.route = scope["path"], self._table.find(scope)
+        if context is not None and scope["path"] != context.path:
+            entry = self._table.find(scope)
+            if "app_root_path" not in scope:
+                context.path, context.route = scope["path"], entry
+            if self._moved is not None:
+                await self._moved(entry, scope, context)
         if not self._fast or scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return

@@ -1,1 +1,1 @@
-"""Keeping attackers out: security headers now; limits, authentication and more to come."""
+"""Keeping attackers out: header fields, limits, authentication; inspection of content to come."""

@@ -11,9 +11,11 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, Field
+from starlette.requests import HTTPConnection
 
-from fastapi_hardening import Hardening, Problem, RateLimit, Settings, harden
+from fastapi_hardening import Hardening, Principal, Problem, RateLimit, RequireScopes, Settings, harden
 from fastapi_hardening.core.clock import ManualClock
+from fastapi_hardening.core.identity import InvalidCredentials
 from fastapi_hardening.core.problem import OWN
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -92,11 +94,43 @@ def a_flood(client: TestClient) -> httpx2.Response:
     return flooding.get("/")
 
 
+class Tokens:
+    """Knows two tokens, one of which may do little, and a store that is down."""
+
+    scheme = "bearer"
+    challenge = "Bearer"
+    ambient = True
+
+    async def authenticate(self, connection: HTTPConnection) -> Principal | None:
+        token = connection.headers.get("authorization")
+        if token == "Bearer down":
+            raise ConnectionError("no store")
+        if token not in (None, "Bearer anna"):
+            raise InvalidCredentials("unknown token")
+        return None if token is None else Principal("anna")
+
+
+def closed(token: str | None, **headers: str) -> httpx2.Response:
+    app = FastAPI()
+
+    @app.post("/orders", dependencies=[RequireScopes("orders:write")])
+    async def place() -> None: ...
+
+    harden(app, Settings(_env_file=None), authenticators=[Tokens()])
+    authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
+    return TestClient(app).post("/orders", headers={**authorization, **headers})
+
+
 CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "about-blank": lambda client: client.get("/no-such-page"),
     "validation-failed": lambda client: client.post("/orders", json={"lines": [{"quantity": 0}]}),
     "internal-error": lambda client: client.get("/boom"),
     "temporary-reduced-capacity": past_the_deadline,
+    "authentication-required": lambda _: closed(None),
+    "invalid-credentials": lambda _: closed("forged"),
+    "not-allowed": lambda _: closed("anna"),
+    "cross-site-request": lambda _: closed("anna", **{"Sec-Fetch-Site": "cross-site"}),
+    "authentication-unavailable": lambda _: closed("down"),
     "quota-exceeded": too_many,
     "abnormal-usage-detected": a_flood,
 }

@@ -295,11 +295,11 @@ async def _pass_on(request: Request, call_next: RequestResponseEndpoint) -> Resp
 
 
 Build = Callable[[Any], FastAPI]
-"""Makes an application, not hardened, with this ``telemetry``."""
+"""Makes an application, not hardened, with this ``telemetry``; ``app.state.hardened_with`` is for harden()."""
 
 
 def _hardened(app: FastAPI) -> FastAPI:
-    harden(app)
+    harden(app, **getattr(app.state, "hardened_with", {}))
     return app
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import pytest
@@ -359,51 +360,57 @@ MATRIX = [
 ]
 
 
-@pytest.fixture(scope="module")
-def site(surround: Callable[[Build], Site], tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """Give an application with every placement, in surroundings of each kind."""
-    files = tmp_path_factory.mktemp("files")
+def make_files(files: Path) -> Path:
+    """Writes the static files into a folder."""
     (files / "text.txt").write_text("text")
     (files / "page.html").write_text("<p>page</p>")
     (files / "404.html").write_text("<p>not here</p>")
+    return files
 
-    def build(telemetry: Any) -> FastAPI:
-        app = FastAPI(max_body_size=LARGEST_BODY, telemetry=telemetry)
-        add_fastapi_routes(app, "/direct")
-        included = APIRouter()
-        add_fastapi_routes(included)
 
-        nested = included
-        for segment in "8765432":
-            outer = APIRouter()
-            outer.include_router(nested, prefix=f"/{segment}")
-            nested = outer
-        app.include_router(nested, prefix="/1")
+def make_app(files: Path, telemetry: Any) -> FastAPI:
+    """Makes an application with every placement."""
+    app = FastAPI(max_body_size=LARGEST_BODY, telemetry=telemetry)
+    add_fastapi_routes(app, "/direct")
+    included = APIRouter()
+    add_fastapi_routes(included)
 
-        child = FastAPI()
-        add_fastapi_routes(child)
-        child.mount("/files", StaticFiles(directory=files))
-        grandchild = FastAPI()
-        add_fastapi_routes(grandchild)
-        child.mount("/mounted", grandchild)
-        app.mount("/mounted", child)
+    nested = included
+    for segment in "8765432":
+        outer = APIRouter()
+        outer.include_router(nested, prefix=f"/{segment}")
+        nested = outer
+    app.include_router(nested, prefix="/1")
 
-        included.mount("/mounted", child)
-        included.mount("/starlette", Starlette(routes=STARLETTE_ROUTES))
-        included.mount("/opaque", opaque)
-        app.include_router(included, prefix="/included")
+    child = FastAPI()
+    add_fastapi_routes(child)
+    child.mount("/files", StaticFiles(directory=files))
+    grandchild = FastAPI()
+    add_fastapi_routes(grandchild)
+    child.mount("/mounted", grandchild)
+    app.mount("/mounted", child)
 
-        app.mount("/starlette", Starlette(routes=STARLETTE_ROUTES))
-        app.router.routes.append(Mount("/router", app=Router(STARLETTE_ROUTES)))
-        app.mount("/files", StaticFiles(directory=files))
-        app.mount("/opaque", opaque)
-        app.frontend("/frontend", directory=files, fallback=None)
-        host = FastAPI()
-        add_fastapi_routes(host, "/host")
-        app.host("host.test", host)
-        return app
+    included.mount("/mounted", child)
+    included.mount("/starlette", Starlette(routes=STARLETTE_ROUTES))
+    included.mount("/opaque", opaque)
+    app.include_router(included, prefix="/included")
 
-    return surround(build)
+    app.mount("/starlette", Starlette(routes=STARLETTE_ROUTES))
+    app.router.routes.append(Mount("/router", app=Router(STARLETTE_ROUTES)))
+    app.mount("/files", StaticFiles(directory=files))
+    app.mount("/opaque", opaque)
+    app.frontend("/frontend", directory=files, fallback=None)
+    host = FastAPI()
+    add_fastapi_routes(host, "/host")
+    app.host("host.test", host)
+    return app
+
+
+@pytest.fixture(scope="module")
+def site(surround: Callable[[Build], Site], tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """Give an application with every placement, in surroundings of each kind."""
+    files = make_files(tmp_path_factory.mktemp("files"))
+    return surround(lambda telemetry: make_app(files, telemetry))
 
 
 def answer_of(ask: Ask, site: Site, placement: str, outcome: Outcome) -> Answer:

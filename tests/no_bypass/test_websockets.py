@@ -112,35 +112,36 @@ PLACEMENTS = {
 }
 
 
+def make_app(telemetry: Any) -> FastAPI:
+    """Makes an application with every placement."""
+    app = FastAPI(telemetry=telemetry)
+    included, child, grandchild, host = APIRouter(), FastAPI(), FastAPI(), FastAPI()
+    add_fastapi_routes(app, "/direct")
+    add_fastapi_routes(included)
+    add_fastapi_routes(child)
+    add_fastapi_routes(grandchild)
+    add_fastapi_routes(host, "/host")
+    child.mount("/mounted", grandchild)
+    nested = included
+    for segment in "8765432":
+        outer = APIRouter()
+        outer.include_router(nested, prefix=f"/{segment}")
+        nested = outer
+    app.include_router(nested, prefix="/1")
+    app.mount("/mounted", child)
+    included.mount("/mounted", child)
+    app.include_router(included, prefix="/included")
+    app.mount("/starlette", Starlette(routes=starlette_routes()))
+    app.router.routes.append(Mount("/router", app=Router(starlette_routes())))
+    app.mount("/opaque", opaque)
+    app.host("host.test", host)
+    return app
+
+
 @pytest.fixture(scope="module")
 def site(surround: Callable[[Build], Site]) -> Site:
     """Give an application with every placement, in surroundings of each kind."""
-
-    def build(telemetry: Any) -> FastAPI:
-        app = FastAPI(telemetry=telemetry)
-        included, child, grandchild, host = APIRouter(), FastAPI(), FastAPI(), FastAPI()
-        add_fastapi_routes(app, "/direct")
-        add_fastapi_routes(included)
-        add_fastapi_routes(child)
-        add_fastapi_routes(grandchild)
-        add_fastapi_routes(host, "/host")
-        child.mount("/mounted", grandchild)
-        nested = included
-        for segment in "8765432":
-            outer = APIRouter()
-            outer.include_router(nested, prefix=f"/{segment}")
-            nested = outer
-        app.include_router(nested, prefix="/1")
-        app.mount("/mounted", child)
-        included.mount("/mounted", child)
-        app.include_router(included, prefix="/included")
-        app.mount("/starlette", Starlette(routes=starlette_routes()))
-        app.router.routes.append(Mount("/router", app=Router(starlette_routes())))
-        app.mount("/opaque", opaque)
-        app.host("host.test", host)
-        return app
-
-    return surround(build)
+    return surround(make_app)
 
 
 class Outcome(NamedTuple):

@@ -1,0 +1,156 @@
+"""The settings of authentication: what is demanded of every route, and the credentials that need no code."""
+
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from fastapi_hardening.core import headers as header_fields
+from fastapi_hardening.core.configuration import ConcernSettings
+from fastapi_hardening.core.origins import ANY, checked_origin
+from fastapi_hardening.security.auth.rbac import RbacSettings, checked_permission
+
+_SHORTEST_SECRET = 32
+_SHORTEST_PASSWORD = 12
+
+
+class BasicSettings(ConcernSettings):
+    """HTTP Basic for operations: a few users that the deployment names."""
+
+    users: dict[str, SecretStr] = Field(default_factory=dict)
+    """Passwords by user name; at least 12 characters each."""
+
+    realm: str = "operations"
+    """What a browser shows where it asks for the password."""
+
+    roles: tuple[str, ...] = ()
+    """The roles that these users have."""
+
+    permissions: tuple[str, ...] = ()
+    """The permissions that these users have, beside those of their roles."""
+
+    @field_validator("users")
+    @classmethod
+    def _can_be_sent(cls, users: dict[str, SecretStr]) -> dict[str, SecretStr]:
+        for name, password in users.items():
+            if not name or ":" in name:
+                raise ValueError(f"{name!r}: a user name for HTTP Basic is not empty and has no colon (RFC 7617)")
+            if len(password.get_secret_value()) < _SHORTEST_PASSWORD:
+                raise ValueError(
+                    f"the password of {name!r} is shorter than {_SHORTEST_PASSWORD} characters; "
+                    "`openssl rand -hex 16` makes one"
+                )
+        return users
+
+    @field_validator("realm")
+    @classmethod
+    def _is_quotable(cls, realm: str) -> str:
+        header_fields.field("realm", realm.replace('"', "\n").replace("\\", "\n"))
+        return realm
+
+    @field_validator("permissions")
+    @classmethod
+    def _are_permissions(cls, permissions: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(checked_permission, permissions))
+
+
+class SessionSettings(ConcernSettings):
+    """Sessions in a cookie."""
+
+    secrets: tuple[SecretStr, ...] = ()
+    """What cookies are signed with, at least 32 bytes each: the first signs, all are taken. To change it, put the new
+    one in front and take the old one out after ``absolute_seconds``."""
+
+    storage: Literal["cookie", "store"] = "cookie"
+    """Where a session is kept: signed in the ``cookie``, or in the state ``store`` with only an id in the cookie."""
+
+    cookie: str = "session"
+    """The name of the cookie; ``__Host-`` stands before it on https."""
+
+    secure: bool | None = None
+    """Whether the cookie is for https only; unset, it is where the request came by https."""
+
+    same_site: Literal["lax", "strict"] = "lax"
+    """Whether the cookie comes along when another site links here (``lax``) or never from elsewhere (``strict``)."""
+
+    idle_seconds: float = Field(1800.0, gt=0)
+    """A session ends when nothing was asked for so long."""
+
+    absolute_seconds: float = Field(43_200.0, gt=0)
+    """A session ends so long after its login, whatever was asked."""
+
+    @field_validator("secrets")
+    @classmethod
+    def _are_long(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for secret in secrets:
+            if len(secret.get_secret_value().encode()) < _SHORTEST_SECRET:
+                raise ValueError(f"a secret needs at least {_SHORTEST_SECRET} bytes; `openssl rand -hex 32` makes one")
+        return secrets
+
+    @field_validator("cookie")
+    @classmethod
+    def _is_a_name(cls, cookie: str) -> str:
+        header_fields.field(cookie, "x")
+        if cookie.startswith("__"):
+            raise ValueError(f"{cookie!r}: leave the prefix out; '__Host-' is put before the name on https")
+        return cookie
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "SessionSettings":
+        if self.absolute_seconds < self.idle_seconds:
+            raise ValueError(
+                f"absolute_seconds ({self.absolute_seconds:g}) is below idle_seconds ({self.idle_seconds:g}): "
+                "no session would ever be idle for so long"
+            )
+        return self
+
+
+class AuthSettings(ConcernSettings):
+    """The settings of authentication."""
+
+    default: Literal["optional", "required"] = "optional"
+    """Whether a route that says nothing demands a caller who is known; ``required`` closes all but ``Public()``."""
+
+    resource_metadata: str | None = None
+    """The address of the protected resource metadata (RFC 9728) that Bearer challenges name."""
+
+    trusted_origins: tuple[str, ...] = ()
+    """Other origins whose pages may send unsafe requests with the cookies of this one."""
+
+    operations_permission: str | None = None
+    """Who has this permission may read the metrics and the details of the health report, beside their tokens."""
+
+    rbac: RbacSettings = RbacSettings()
+    """Roles and their permissions."""
+
+    basic: BasicSettings | None = None
+    """HTTP Basic for operations."""
+
+    session: SessionSettings | None = None
+    """Sessions in a cookie."""
+
+    @field_validator("trusted_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        if ANY in origins:
+            raise ValueError("'*' would let every site act for your users; name the origins that you trust")
+        return tuple(map(checked_origin, origins))
+
+    @field_validator("resource_metadata")
+    @classmethod
+    def _is_an_address(cls, address: str | None) -> str | None:
+        if address is not None:
+            if not address.startswith(("https://", "http://localhost", "http://127.0.0.1")):
+                raise ValueError(f"{address!r} is no https address (RFC 9728, section 3)")
+            header_fields.field("x", address.replace('"', "\n").replace("\\", "\n"))
+        return address
+
+    @field_validator("operations_permission")
+    @classmethod
+    def _is_a_permission(cls, permission: str | None) -> str | None:
+        return None if permission is None else checked_permission(permission, wildcards=False)
+
+    @model_validator(mode="after")
+    def _closes_something(self) -> "AuthSettings":
+        if self.default == "required" and not self.enabled:
+            raise ValueError("enabled is false, so default='required' would close nothing; leave one of them out")
+        return self
