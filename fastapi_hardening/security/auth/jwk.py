@@ -242,7 +242,8 @@ class VerificationKey:
             raise InvalidKey("private-key", f"a key of kind {kind} has no member k")
         if not _PRIVATE_MEMBERS.isdisjoint(jwk):
             raise InvalidKey("private-key", "this JWK has private members; publish, and configure, its public part")
-        return cls(_algorithm_of(jwk, algorithms), reader(jwk), kid)
+        material = reader(jwk)
+        return cls(_algorithm_of(jwk, algorithms), material, kid)
 
 
 def _object(data: str | bytes) -> dict[str, Any]:

@@ -329,7 +329,7 @@ class RemoteKeys:
             if self._is_under_way() or self._is_due(now):
                 await self._fetched()
         elif age >= settings.max_age_seconds * _REFRESH_AT and self._is_due(now):
-            self._start()
+            self._flight = self._begin()
 
     def _is_due(self, now: float) -> bool:
         return now - self._attempted_at >= self.settings.min_refresh_seconds
@@ -350,18 +350,18 @@ class RemoteKeys:
         flight = self._flight
         return flight is not None and not flight.done() and flight.get_loop() is asyncio.get_running_loop()
 
-    def _start(self) -> None:
-        """Fetches in the background, unless a fetch is under way."""
-        if not self._is_under_way():
+    def _begin(self) -> "asyncio.Task[None]":
+        """The fetch that is under way, or a new one. Nobody needs to wait for it."""
+        flight = self._flight
+        if flight is None or not self._is_under_way():
             self._attempted_at = self._now()
             # In a context of its own: it belongs to no request, and must not log as one.
-            self._flight = asyncio.create_task(self._read(), context=Context())
+            flight = self._flight = asyncio.create_task(self._read(), context=Context())
+        return flight
 
     async def _fetched(self) -> None:
         """Waits for one fetch; who stops waiting does not stop it for the others."""
-        self._start()
-        if self._flight is not None:
-            await asyncio.shield(self._flight)
+        await asyncio.shield(self._begin())
 
     async def _read(self) -> None:
         try:
