@@ -222,8 +222,12 @@ def principal_of(claims: Claims, settings: JwtSettings) -> Principal:
     )
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """What no request can change for the next one: objects that are read-only, and tuples."""
-    if isinstance(value, Mapping):
-        return MappingProxyType({name: _frozen(member) for name, member in value.items()})
-    return tuple(_frozen(member) for member in value) if isinstance(value, list) else value
+    return MappingProxyType({name: _frozen_member(member) for name, member in value.items()})
+
+
+def _frozen_member(member: Any) -> Any:
+    if isinstance(member, dict):
+        return _frozen(member)
+    return tuple(map(_frozen_member, member)) if isinstance(member, list) else member

@@ -20,10 +20,9 @@ Example:
     fastapi_hardening.core.identity.InvalidCredentials: malformed
 """
 
-import re
-from base64 import urlsafe_b64decode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Protocol, Self
 from weakref import WeakKeyDictionary
@@ -33,7 +32,7 @@ from pydantic import Field, field_validator, model_validator
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings, did_you_mean
 from fastapi_hardening.core.identity import InvalidCredentials
-from fastapi_hardening.security.auth.jwk import ALGORITHMS, CANONICAL, VerificationKey, strict_object
+from fastapi_hardening.security.auth.jwk import ALGORITHMS, VerificationKey, decode_canonical, strict_object
 from fastapi_hardening.security.auth.keys import KeySource
 
 Claims = Mapping[str, Any]
@@ -119,9 +118,6 @@ class JwtSettings(ConcernSettings):
 
 # --- the parser -------------------------------------------------------------------------------------------------------
 
-_COMPACT = re.compile(rf"({CANONICAL})\.({CANONICAL})\.({CANONICAL})")
-_PADDING = ("", "", "==", "=")
-
 # Header members that carry or name a key, change what is signed, or belong to encryption (RFC 7515, 7516, 7518, 7797).
 _THUMBPRINTS = frozenset({"x5t", "x5t#S256"})
 _REFUSED_MEMBERS = frozenset(
@@ -166,30 +162,36 @@ def parse_compact(token: str | bytes, *, max_bytes: int = 8192, allow_thumbprint
         raise InvalidCredentials("too-large")
     if isinstance(token, bytes):
         token = token.decode("latin-1")
-    match = _COMPACT.fullmatch(token)
-    if match is None:
+    parts = token.split(".", 3)
+    if len(parts) != 3 or not parts[0] or not parts[2]:  # noqa: PLR2004 - header, payload, signature
         raise InvalidCredentials("malformed")
-    first, second, third = match.groups()
-    if not first or not third:
-        raise InvalidCredentials("malformed")
-    header = _object_of(_decode(first), "header")
-    refused = _REFUSED_MEMBERS if allow_thumbprints else _REFUSED_MEMBERS | _THUMBPRINTS
-    if not refused.isdisjoint(header):
+    first, second, third = parts
+    try:
+        payload, signature = decode_canonical(second), decode_canonical(third)
+        head = decode_canonical(first)
+    except ValueError:
+        raise InvalidCredentials("malformed") from None
+    header = _header(head)
+    if not _THUMBPRINTS.isdisjoint(header) and not allow_thumbprints:
         raise InvalidCredentials("refused-header")
-    algorithm, kid = header.get("alg"), header.get("kid")
-    if not isinstance(algorithm, str):
+    signing_input = token[: -1 - len(third)].encode("ascii")
+    return CompactToken(header, header["alg"], header.get("kid"), payload, signing_input, signature)
+
+
+@lru_cache(maxsize=64)
+def _header(data: bytes) -> Mapping[str, Any]:
+    """A header that may be in a token. The tokens of an issuer have the same few, so the last ones are remembered."""
+    header = _object_of(data, "header")
+    if not _REFUSED_MEMBERS.isdisjoint(header):
+        raise InvalidCredentials("refused-header")
+    if not isinstance(header.get("alg"), str):
         raise InvalidCredentials("algorithm")
+    kid = header.get("kid")
     if "kid" in header and not (isinstance(kid, str) and kid):
         raise InvalidCredentials("kid")
     if not isinstance(header.get("typ", ""), str):
         raise InvalidCredentials("type")
-    signing_input = token[: match.end(2)].encode("ascii")
-    return CompactToken(header, algorithm, kid, _decode(second), signing_input, _decode(third))
-
-
-def _decode(segment: str) -> bytes:
-    """The bytes of a segment that is known to be canonical."""
-    return urlsafe_b64decode(segment + _PADDING[len(segment) % 4])
+    return MappingProxyType(header)
 
 
 def _object_of(data: bytes, reason: str) -> dict[str, Any]:
