@@ -20,6 +20,7 @@ Example:
     fastapi_hardening.core.identity.InvalidCredentials: malformed
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +35,8 @@ from fastapi_hardening.core.configuration import ConcernSettings, did_you_mean
 from fastapi_hardening.core.identity import InvalidCredentials
 from fastapi_hardening.security.auth.jwk import ALGORITHMS, VerificationKey, decode_canonical, strict_object
 from fastapi_hardening.security.auth.keys import KeySource
+
+logger = logging.getLogger("fastapi_hardening.auth.jwt")
 
 Claims = Mapping[str, Any]
 
@@ -338,8 +341,15 @@ class JwtVerifier:
         """
         if token.algorithm not in self._algorithms:
             raise InvalidCredentials("algorithm")
+        try:
+            keys = await self.keys.find(token.kid, token.algorithm)
+        except InvalidCredentials:
+            raise
+        except Exception:
+            logger.exception("the source of keys for %s failed", self.settings.issuer)
+            raise InvalidCredentials("keys-unavailable") from None
         found = False
-        for key in await self.keys.find(token.kid, token.algorithm):
+        for key in keys:
             # The key decides, and not the source that has found it.
             if key.algorithm != token.algorithm or token.kid not in (None, key.kid):
                 continue

@@ -168,6 +168,24 @@ def test_the_key_decides_and_not_the_source_that_found_it() -> None:
         assert refused(token(header=header), verifier(Careless())) == "unknown-key"
 
 
+def test_a_source_of_keys_that_fails_refuses(caplog: pytest.LogCaptureFixture) -> None:
+    """Its own refusal keeps its reason; whatever else it raises is logged, and no 500."""
+
+    class Failing:
+        generation = 0
+
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        async def find(self, kid: str | None, algorithm: str) -> Sequence[VerificationKey]:
+            raise self.error
+
+    assert refused(GOOD, verifier(Failing(InvalidCredentials("closed")))) == "closed"
+    assert "failed" not in caplog.text
+    assert refused(GOOD, verifier(Failing(OSError("the vault is shut")))) == "keys-unavailable"
+    assert "the vault is shut" in caplog.text
+
+
 # --- the attack list --------------------------------------------------------------------------------------------------
 
 

@@ -610,6 +610,30 @@ def test_answers_that_are_no_keys_are_refused(answer: bytes, error: str) -> None
     assert error in found
 
 
+def test_an_issuer_on_this_machine_is_found_and_asked() -> None:
+    """Metadata, keys and their health, over real sockets, as it is in development."""
+
+    async def story() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            line = await reader.readuntil(b"\r\n\r\n")
+            is_metadata = b" /.well-known/openid-configuration " in line
+            document = metadata(issuer=issuer, jwks_uri=f"{issuer}/keys") if is_metadata else jwks(jwk("ES256", "a"))
+            writer.write(reply(document))
+            await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            issuer = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            keys = RemoteKeys(RemoteKeysSettings(issuer=issuer, allow_loopback_http=True))
+            assert [found.kid for found in await keys.find("a", "ES256")] == ["a"]
+            assert (await keys.check()).status == "pass"
+        assert not await keys.refresh()
+        assert (await keys.check()).status == "warn"
+
+    run(story)
+
+
 def test_without_httpx2_the_configuration_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the start, not at the first request."""
     monkeypatch.setitem(sys.modules, "httpx2", None)
