@@ -22,10 +22,9 @@ Example:
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 from weakref import WeakKeyDictionary
 
 from pydantic import Field, field_validator, model_validator
@@ -128,8 +127,7 @@ _REFUSED_MEMBERS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class CompactToken:
+class CompactToken(NamedTuple):
     """The parts of a token that is well-formed; nothing in it is proven.
 
     Attributes:
@@ -278,8 +276,7 @@ def _ed25519(key: VerificationKey) -> SignatureCheck:
 # --- the verifier -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedToken:
+class VerifiedToken(NamedTuple):
     """A token that has proven what it says.
 
     Attributes:
