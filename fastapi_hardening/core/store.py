@@ -6,6 +6,7 @@ falls back to something stricter (the limiter: one shared overflow bucket).
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 from fastapi_hardening.core.clock import Clock, SystemClock
@@ -18,6 +19,10 @@ class StateStore(Protocol):
 
     async def get(self, key: str) -> bytes | None:
         """The value, or ``None`` when there is none or it has expired."""
+        ...
+
+    async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """What :meth:`get` gives for each of the keys, in one round trip."""
         ...
 
     async def put(self, key: str, value: bytes, ttl_seconds: float) -> bool:
@@ -107,6 +112,10 @@ class MemoryStore:
     async def get(self, key: str) -> bytes | None:
         """The value, or ``None`` when there is none or it has expired."""
         return self._values.get(key)
+
+    async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """What :meth:`get` gives for each of the keys."""
+        return [self._values.get(key) for key in keys]
 
     async def put(self, key: str, value: bytes, ttl_seconds: float) -> bool:
         """Stores a value; ``False`` when every place holds something alive."""

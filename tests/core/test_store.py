@@ -85,5 +85,7 @@ def test_the_memory_store_keeps_adds_and_forgets() -> None:
         assert await store.put("b", b"1", ttl_seconds=5)
         clock.advance(5)
         assert await store.get("b") is None
+        assert await store.put("c", b"1", ttl_seconds=5)
+        assert await store.get_many(["b", "c", "c"]) == [None, b"1", b"1"]
 
     asyncio.run(use())
