@@ -24,6 +24,7 @@ import logging
 import os
 import secrets
 import unicodedata
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -100,7 +101,9 @@ class WorkLimit:
     def __init__(self, max_concurrent: int, *, wait_seconds: float) -> None:
         self.max_concurrent = max_concurrent
         self._wait_seconds = wait_seconds
-        self._places = asyncio.Semaphore(max_concurrent)
+        # asyncio's semaphore belongs to one event loop; a hasher is made at import, and tests have a loop each.
+        self._free = max_concurrent
+        self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """Does the work in a thread.
@@ -108,15 +111,33 @@ class WorkLimit:
         Raises:
             TimeoutError: No place came free in time.
         """
-        if self._places.locked():
-            async with asyncio.timeout(self._wait_seconds):
-                await self._places.acquire()
-        else:
-            await self._places.acquire()  # at once
+        await self._enter()
         task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-        task.add_done_callback(lambda _: self._places.release())
+        task.add_done_callback(lambda _: self._leave())
         # A caller that is cancelled leaves the thread running, and its place taken.
         return await asyncio.shield(task)
+
+    async def _enter(self) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        place = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        try:
+            async with asyncio.timeout(self._wait_seconds):
+                await place
+        except (TimeoutError, asyncio.CancelledError):
+            if not place.cancelled():
+                self._leave()  # it was given at the same moment
+            raise
+
+    def _leave(self) -> None:
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+        self._free += 1
 
 
 class PasswordHasher:

@@ -3,7 +3,8 @@
 import asyncio
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from fastapi import FastAPI
@@ -25,6 +26,15 @@ CHEAP = {"memory_kib": 1_024, "time_cost": 1}
 
 def hasher(**changes: object) -> PasswordHasher:
     return PasswordHasher(PasswordSettings.model_validate(CHEAP | changes))
+
+
+@contextmanager
+def all_taken(hasher: PasswordHasher) -> Iterator[None]:
+    """Has every place taken by somebody."""
+    limit = hasher._limit
+    free, limit._free = limit._free, 0
+    yield
+    limit._free = free
 
 
 # --- hashing ----------------------------------------------------------------------------------------------------------
@@ -104,7 +114,7 @@ def test_what_is_too_long_or_no_text_is_refused_before_any_work(password: str) -
     mine = hasher(max_concurrent=1, wait_seconds=0)
 
     async def check() -> bool:
-        async with mine._limit._places:  # nothing could be worked out now
+        with all_taken(mine):  # nothing could be worked out now
             with pytest.raises(PasswordRejected):
                 await mine.hash(password)
             return await mine.verify(password, None)
@@ -197,11 +207,28 @@ def test_a_caller_that_leaves_does_not_free_the_place_of_its_thread() -> None:
         with pytest.raises(TimeoutError):
             await limit.run(bench.work)
         bench.gate.set()
-        await until(lambda: not limit._places.locked())
+        await until(lambda: limit._free == 1)
         await limit.run(bench.work)
 
     asyncio.run(check())
     assert bench.most == 1
+
+
+def test_a_place_that_is_given_to_who_leaves_goes_to_the_next() -> None:
+    """At the very same moment."""
+    limit = WorkLimit(1, wait_seconds=30)
+
+    async def check() -> int:
+        await limit._enter()
+        first, second = (asyncio.create_task(limit.run(lambda: 7)) for _ in range(2))
+        await until(lambda: len(limit._waiting) == 2)
+        limit._leave()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        return await second
+
+    assert asyncio.run(check()) == 7
 
 
 def test_what_the_work_raises_reaches_the_caller_and_frees_the_place() -> None:
@@ -212,10 +239,20 @@ def test_what_the_work_raises_reaches_the_caller_and_frees_the_place() -> None:
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
                 await limit.run(lambda: 1 // 0)
-            await until(lambda: not limit._places.locked())
+            await until(lambda: limit._free == 1)
 
     asyncio.run(check())
-    assert not limit._places.locked()
+    assert limit._free == 1
+
+
+def test_a_limit_serves_one_event_loop_after_the_other() -> None:
+    """Also when somebody had to wait in each: tests have a loop each."""
+    limit = WorkLimit(1, wait_seconds=30)
+
+    async def both() -> list[int]:
+        return list(await asyncio.gather(limit.run(lambda: 1), limit.run(lambda: 2)))
+
+    assert [asyncio.run(both()) for _ in range(2)] == [[1, 2]] * 2
 
 
 def test_under_a_flood_of_logins_a_client_is_told_when_to_come_back() -> None:
@@ -225,7 +262,7 @@ def test_under_a_flood_of_logins_a_client_is_told_when_to_come_back() -> None:
 
     @app.get("/login")
     async def login() -> bool:
-        async with mine._limit._places:
+        with all_taken(mine):
             return await mine.verify("a password", None)
 
     answer = TestClient(app).get("/login")
@@ -238,9 +275,8 @@ def test_a_flood_is_a_problem_with_a_type() -> None:
     mine = hasher(max_concurrent=1, wait_seconds=0)
 
     async def check() -> HashingOverloaded:
-        async with mine._limit._places:
-            with pytest.raises(HashingOverloaded) as refused:
-                await mine.hash("a password")
+        with all_taken(mine), pytest.raises(HashingOverloaded) as refused:
+            await mine.hash("a password")
         return refused.value
 
     assert asyncio.run(check()).slug == "temporary-reduced-capacity"
