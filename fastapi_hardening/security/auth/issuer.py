@@ -561,11 +561,21 @@ class TokenIssuer:
         """Uses a token up; gives its successor."""
         now, began = self._clock.time(), self._clock.monotonic()
         nonce = secrets.token_bytes(_SECRET_BYTES)
-        grace = self.settings.reuse_grace_seconds
-        used = f"used:{token.digest}"
         # Without a grace nobody will ask for the nonce again.
-        if not await self._records.add(used, [now, nonce.hex() if grace else ""], _USED_SECONDS):
-            return await self._successor_again(token, grant, now)
+        mark = [now, nonce.hex() if self.settings.reuse_grace_seconds else ""]
+        if await self._records.add(f"used:{token.digest}", mark, _USED_SECONDS):
+            successor = await self._successor(token, grant, nonce, now, began)
+        else:
+            successor = await self._successor_again(token, grant, now)
+        if self._clock.monotonic() - began >= _USED_SECONDS / 2:
+            await self._records.delete(f"token:{successor.digest}")
+            raise AuthenticationUnavailable("a refresh took so long that its claim on the token may have ended")
+        return successor
+
+    async def _successor(
+        self, token: _RefreshToken, grant: _Grant, nonce: bytes, now: float, began: float
+    ) -> _RefreshToken:
+        """What replaces a token that nobody else has claimed."""
         try:
             expires_at = await self._records.get(f"token:{token.digest}")
             if expires_at is None:
@@ -577,13 +587,11 @@ class TokenIssuer:
             await self._store_token(successor, grant.ends_at)
             await self._records.delete(f"token:{token.digest}")
         except AuthenticationUnavailable:
-            # Nothing was given for it, so it may be tried again; not where a grace may have handed out the successor.
-            if not grace and self._clock.monotonic() - began < _USED_SECONDS / 2:
+            # Nothing was given for it, so it may be tried again. With a grace the mark itself allows that.
+            if not self.settings.reuse_grace_seconds and self._clock.monotonic() - began < _USED_SECONDS / 2:
                 with suppress(AuthenticationUnavailable):
-                    await self._records.delete(used)
+                    await self._records.delete(f"used:{token.digest}")
             raise
-        if self._clock.monotonic() - began >= _USED_SECONDS / 2:
-            raise AuthenticationUnavailable("a refresh took so long that its claim on the token may have ended")
         return successor
 
     async def _successor_again(self, token: _RefreshToken, grant: _Grant, now: float) -> _RefreshToken:
@@ -594,10 +602,16 @@ class TokenIssuer:
         used_at, nonce = mark
         if nonce and now - used_at <= self.settings.reuse_grace_seconds:
             successor = token.successor(bytes.fromhex(nonce))
-            # Its record is there unless it was used itself, or is about to be stored, while this one's is still there.
-            for each in (successor, token):
-                if await self._records.get(f"token:{each.digest}") is not None:
+            stored = await self._records.get(f"token:{successor.digest}") is not None
+            if stored or await self._records.get(f"token:{token.digest}") is not None:
+                # Whoever claimed it may not be done, or may have failed. What is left to do harms nobody if it is done
+                # twice, unless the successor was used meanwhile: then its mark is there.
+                if not stored:
+                    await self._store_token(successor, grant.ends_at)
+                await self._records.delete(f"token:{token.digest}")
+                if await self._records.get(f"used:{successor.digest}") is None:
                     return successor
+                await self._records.delete(f"token:{successor.digest}")
         raise await self._reused(token, grant)
 
     async def _store_token(self, token: _RefreshToken, ends_at: float) -> None:

@@ -3,7 +3,8 @@
 import asyncio
 import base64
 import json
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from random import Random
 from typing import Any
 
 import pytest
@@ -37,6 +38,8 @@ from fastapi_hardening.security.auth.issuer import (
     SubjectRevoked,
     TokenIssuer,
     TokensIssued,
+    _RefreshToken,
+    _thumbprint,
 )
 
 NAMES = {"issuer": "https://shop.example", "audience": "https://api.shop.example"}
@@ -58,17 +61,22 @@ KEYS = {
 
 
 class Slow(MemoryStore):
-    """A store on another machine: others get their turn while it is asked. It may fail, at the n-th call from now."""
+    """A store on another machine: others get their turn while it is asked, some or many turns.
+
+    It may fail, at the n-th call from now.
+    """
 
     def __init__(self, max_keys: int = 100_000, *, clock: ManualClock | None = None) -> None:
         super().__init__(max_keys, clock=clock)
         self.fails_in: int | None = None
         self.failures = 1_000
         self.calls = 0
+        self.turns: Callable[[], int] = lambda: 1
 
     async def _turn(self) -> None:
         self.calls += 1
-        await asyncio.sleep(0)
+        for _ in range(self.turns()):
+            await asyncio.sleep(0)
         if self.fails_in is not None:
             self.fails_in -= 1
             if self.fails_in < 0 <= self.fails_in + self.failures:
@@ -186,8 +194,6 @@ def test_public_keys_are_a_jwk_set_as_rfc_7517_has_it() -> None:
 
 def test_the_name_of_a_key_is_its_thumbprint() -> None:
     """RFC 7638, by its own example; so every process gives a key the same name."""
-    from fastapi_hardening.security.auth.issuer import _thumbprint  # noqa: PLC0415 - for this test only
-
     example = {
         "kty": "RSA",
         "n": "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECPebWKRXjBZCiF"
@@ -430,6 +436,71 @@ def test_within_the_grace_fifty_refreshes_at_once_get_the_same_successor() -> No
     assert len({answer.jti for answer in answers}) == 51
     assert following.refresh_token not in {answer.refresh_token for answer in answers}
     assert kit.told(RefreshTokenReused) == []
+
+
+def record_of(token: str) -> str:
+    read = _RefreshToken.read(token)
+    assert read is not None
+    return f"auth:token:{read.digest}"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.randoms(use_true_random=False), st.sampled_from([0, 10]), st.integers(2, 5), st.integers(0, 2))
+def test_however_requests_are_interleaved_no_token_is_taken_twice(
+    random: Random, grace: int, clients: int, failures: int
+) -> None:
+    """Several clients refresh one line of tokens at once on a store that is now fast, now slow, and fails sometimes.
+
+    Without a grace a token has one successor and one winner; with one it has one successor. In the end no more than one
+    token is good, and none that has a successor ever is again.
+    """
+    kit = Kit(reuse_grace_seconds=grace)
+    kit.store.turns = lambda: random.randint(0, 6)
+    successors: dict[str, list[str]] = {}
+
+    async def client(token: str) -> None:
+        for _ in range(3):
+            try:
+                tokens = await kit.refresh(token)
+            except (InvalidGrant, AuthenticationUnavailable):
+                continue
+            successors.setdefault(token, []).append(str(tokens.refresh_token))
+            token = str(tokens.refresh_token)
+
+    async def check() -> None:
+        first = str((await kit.login()).refresh_token)
+        kit.store.fails_in, kit.store.failures = random.randint(0, 20), failures - 1
+        await asyncio.gather(*(client(first) for _ in range(clients)))
+        kit.store.fails_in = None
+        for each in successors.values():
+            assert len(set(each)) == 1
+            assert grace or len(each) == 1
+        known = {token for each in successors.values() for token in each} | {first}
+        assert len([token for token in known if record_of(token) in kit.store._values._entries]) <= 1
+        kit.clock.advance(700)
+        for token in successors:
+            assert await kit.refused(token) in ("used before", "unknown, ended or revoked")
+
+    run(check())
+    assert len(kit.told(TokensIssued)) == 1 + sum(map(len, successors.values()))
+
+
+def test_within_the_grace_a_refresh_that_failed_is_done_again() -> None:
+    """By whoever comes with the same token; the successor that it gets is good."""
+    kit = Kit(reuse_grace_seconds=10)
+    calls_before_the_successor_is_stored = calls_of_a_refresh() - 2
+
+    async def check() -> IssuedTokens:
+        first = await kit.login()
+        kit.store.fails_in, kit.store.failures = calls_before_the_successor_is_stored, 1
+        with pytest.raises(AuthenticationUnavailable):
+            await kit.refresh(first.refresh_token)
+        second = await kit.refresh(first.refresh_token)
+        third = await kit.refresh(second.refresh_token)
+        assert await kit.refused(first.refresh_token) == "used before"
+        return third
+
+    assert run(check()).refresh_token is not None
 
 
 @pytest.mark.parametrize("successor_used", [False, True])
