@@ -351,14 +351,16 @@ class _Records:
             return None if value is None else json.loads(value)
 
     async def put(self, key: str, value: Any, ttl_seconds: float) -> None:
+        data = json.dumps(value).encode()
         with _failing_closed():
-            if await self._store.put("auth:" + key, json.dumps(value).encode(), ttl_seconds):
+            if await self._store.put("auth:" + key, data, ttl_seconds):
                 return
         raise AuthenticationUnavailable("the state store has no room")
 
     async def add(self, key: str, value: Any, ttl_seconds: float) -> bool:
+        data = json.dumps(value).encode()
         with _failing_closed():
-            return await self._store.add("auth:" + key, json.dumps(value).encode(), ttl_seconds)
+            return await self._store.add("auth:" + key, data, ttl_seconds)
 
     async def delete(self, key: str) -> None:
         with _failing_closed():

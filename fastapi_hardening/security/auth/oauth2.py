@@ -28,7 +28,6 @@ import binascii
 import hashlib
 import json
 import logging
-import math
 import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -44,7 +43,7 @@ from starlette.exceptions import HTTPException
 
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.identity import AuthenticationUnavailable, Principal
-from fastapi_hardening.core.problem import Problem, tell
+from fastapi_hardening.core.problem import Problem, retry_after, tell
 from fastapi_hardening.security.auth.issuer import InvalidGrant, InvalidScope, IssuedTokens, TokenIssuer
 from fastapi_hardening.security.auth.throttle import LoginThrottle
 
@@ -72,6 +71,7 @@ _FORM = "application/x-www-form-urlencoded"
 _MAX_BODY_BYTES = 16 * 1024
 _MAX_FIELDS = 32
 _MAX_CLIENT_ID = 256
+_FORWARDING = ("forwarded", "x-forwarded-for")
 # RFC 6749, section 3.3.
 _SCOPE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+(?: [\x21\x23-\x5b\x5d-\x7e]+)*")
 _SHORTEST_SECRET = 32
@@ -334,10 +334,7 @@ class _TokenEndpoint:
         if self._throttle is None:
             yield _nothing
             return
-        client = request_context.ensure(request.scope).client
-        # Many share the address of a proxy that is not known; none of them may close the door for all.
-        address = client.key if client.known and not client.behind_unknown_proxy else None
-        async with self._throttle.attempt(username, address) as attempt:
+        async with self._throttle.attempt(username, _address_of(request)) as attempt:
             yield attempt.succeeded
 
     async def _by_refresh_token(self, form: Mapping[str, str], client: OAuthClient) -> IssuedTokens:
@@ -374,6 +371,15 @@ class _TokenEndpoint:
         if client is None or (secret is not None if client.public else not right):
             raise _invalid_client()
         return client
+
+
+def _address_of(request: Request) -> str | None:
+    """The client's address; ``None`` where many share it, none of whom may close the door for all."""
+    known_to_our_layer = request_context.of(request.scope) is not None
+    client = request_context.ensure(request.scope).client
+    if not client.known or client.behind_unknown_proxy:
+        return None
+    return None if not known_to_our_layer and any(name in request.headers for name in _FORWARDING) else client.key
 
 
 async def _nothing() -> None:
@@ -527,9 +533,12 @@ async def _oauth_errors(work: Awaitable[Any]) -> Any:
         raise OAuthError("invalid_scope", "The scope is more than was granted.") from error
     except AuthenticationUnavailable as error:
         logger.warning("tokens could not be issued or revoked: %s", error.reason)
-        seconds = {"Retry-After": str(math.ceil(error.retry_after_seconds))}
-        description = "Nothing could be checked; come back later."
-        raise OAuthError("temporarily_unavailable", description, status=503, headers=seconds) from error
+        raise OAuthError(
+            "temporarily_unavailable",
+            "Nothing could be checked; come back later.",
+            status=503,
+            headers=retry_after(error.retry_after_seconds),
+        ) from error
     except HTTPException as error:
         # Too many failed logins, too many hashes at once. Whatever else an application raises is its own affair.
         if error.status_code not in (429, 503):

@@ -226,9 +226,8 @@ def test_what_an_application_raises_is_its_own_affair(kit: Kit) -> None:
     assert answer.json()["detail"] == "short and stout"
 
 
-def test_behind_a_proxy_that_is_not_known_nobody_closes_the_door_for_all() -> None:
+def test_behind_a_proxy_that_is_not_known_nobody_closes_the_door_for_all(kit: Kit) -> None:
     """There, only the account counts."""
-    kit = Kit(hardened=True)
     for number in range(40):
         form = urlencode({"grant_type": "password", "client_id": "app", "username": f"u{number}", "password": "x"})
         headers = {"Content-Type": FORM, "X-Forwarded-For": "203.0.113.1"}
@@ -529,7 +528,7 @@ def test_without_a_store_nothing_is_issued_or_revoked(hardened: bool) -> None:
         kit.post("/api/oauth/revoke", token=token, client_id="app"),
     ):
         refusal(answer, 503, "temporarily_unavailable")
-        assert answer.headers["retry-after"] == "5"
+        assert 5 <= int(answer.headers["retry-after"]) <= 10
     assert kit.post(grant_type="client_credentials", basic=("trusted", SECRET)).status_code == 200
 
 
