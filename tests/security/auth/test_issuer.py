@@ -361,6 +361,12 @@ def test_the_store_has_no_token_in_it() -> None:
             assert part not in stored
 
 
+def test_nobody_needs_to_listen() -> None:
+    """Without a bus, tokens are issued all the same."""
+    issuer = TokenIssuer(IssuerSettings.model_validate(NAMES), keys=KEYS["HS256"], store=MemoryStore())
+    assert run(issuer.issue("anna", client_id="app")).refresh_token is not None
+
+
 def test_a_login_may_have_no_refresh_token() -> None:
     """Then the store is not asked."""
     kit = Kit()
