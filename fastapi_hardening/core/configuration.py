@@ -14,8 +14,8 @@ class ConfigurationError(ValueError):
     """The configuration cannot work; the message says what to change."""
 
 
-class ConcernSettings(BaseModel):
-    """The settings of one concern. Keys carry their unit (``ttl_seconds``); lists may be written ``a,b`` or as JSON."""
+class Section(BaseModel):
+    """Some settings that belong together. Keys carry their unit (``ttl_seconds``); lists may be ``a,b`` or JSON."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, hide_input_in_errors=True
@@ -23,9 +23,6 @@ class ConcernSettings(BaseModel):
 
     renamed: ClassVar[Mapping[str, str]] = {}
     """Old keys that still work, by their new name; they warn."""
-
-    enabled: bool = True
-    """Whether the concern is installed at all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -35,6 +32,13 @@ class ConcernSettings(BaseModel):
         if not isinstance(values, Mapping):
             return values
         return {key: from_text(cls, key, value) for key, value in known_keys(cls, values, cls.renamed).items()}
+
+
+class ConcernSettings(Section):
+    """The settings of one concern, which can be switched off."""
+
+    enabled: bool = True
+    """Whether the concern is installed at all."""
 
 
 def known_keys(

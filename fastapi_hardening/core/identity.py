@@ -70,6 +70,20 @@ class InvalidCredentials(Exception):  # noqa: N818 - named as problems are, by w
         self.reason = reason
 
 
+class AuthenticationUnavailable(Exception):  # noqa: N818 - as above
+    """The credentials could not be checked, so nobody may be let in; the caller may come back (503).
+
+    Args:
+        reason: Why, for the log, such as ``the provider does not answer``; the client is not told.
+        retry_after_seconds: When it is worth another attempt.
+    """
+
+    def __init__(self, reason: str, *, retry_after_seconds: float = 5.0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.retry_after_seconds = retry_after_seconds
+
+
 class Authenticator(Protocol):
     """Finds out who calls, by one kind of credentials.
 
@@ -86,5 +100,6 @@ class Authenticator(Protocol):
 
         Raises:
             InvalidCredentials: There are some, and they are wrong, expired or revoked.
+            AuthenticationUnavailable: There are some, and what could tell does not answer.
         """
         ...
