@@ -17,6 +17,7 @@ from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore
 from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.security.auth.gate import Gate
+from fastapi_hardening.security.auth.keys import RemoteKeys
 from fastapi_hardening.security.auth.overrides import is_open
 from fastapi_hardening.security.auth.rbac import PermissionsOf
 from fastapi_hardening.security.cors import CorsSettings
@@ -133,7 +134,12 @@ class Hardening:
         )
         self.store = MemoryStore(clock=self.clock)
         self.auth = Gate(
-            settings.auth, authenticators, permissions_of=permissions_of, store=self.store, clock=self.clock
+            settings.auth,
+            authenticators,
+            permissions_of=permissions_of,
+            store=self.store,
+            events=self.events,
+            clock=self.clock,
         )
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(
@@ -146,6 +152,8 @@ class Hardening:
             clock=self.clock,
         )
         self.checks.add("client_address", self._client_address, critical=False)
+        if isinstance(self.auth.keys, RemoteKeys):
+            self.checks.add("issuer_keys", self.auth.keys.check, critical=False)
 
     @property
     def pipeline(self) -> tuple[Layer, ...]:

@@ -70,7 +70,7 @@ class InvalidCredentials(Exception):  # noqa: N818 - named as problems are, by w
         self.reason = reason
 
 
-class AuthenticationUnavailable(Exception):  # noqa: N818 - as above
+class CredentialsUnchecked(InvalidCredentials):
     """The credentials could not be checked, so nobody may be let in; the caller may come back (503).
 
     Args:
@@ -80,7 +80,6 @@ class AuthenticationUnavailable(Exception):  # noqa: N818 - as above
 
     def __init__(self, reason: str, *, retry_after_seconds: float = 5.0) -> None:
         super().__init__(reason)
-        self.reason = reason
         self.retry_after_seconds = retry_after_seconds
 
 
@@ -100,6 +99,6 @@ class Authenticator(Protocol):
 
         Raises:
             InvalidCredentials: There are some, and they are wrong, expired or revoked.
-            AuthenticationUnavailable: There are some, and what could tell does not answer.
+            CredentialsUnchecked: There are some, and what could tell does not answer.
         """
         ...

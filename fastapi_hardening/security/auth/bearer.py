@@ -26,7 +26,7 @@ from starlette.requests import HTTPConnection
 
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConfigurationError
-from fastapi_hardening.core.identity import InvalidCredentials, Principal
+from fastapi_hardening.core.identity import CredentialsUnchecked, InvalidCredentials, Principal
 from fastapi_hardening.security.auth.jwt import (
     Claims,
     JwtSettings,
@@ -35,7 +35,7 @@ from fastapi_hardening.security.auth.jwt import (
     names_at,
     unverified_issuer,
 )
-from fastapi_hardening.security.auth.revocation import Revocations
+from fastapi_hardening.security.auth.revocation import UNAVAILABLE, Revocations
 
 # RFC 6750, section 2.1; the token's own grammar is its verifier's business.
 _BEARER = re.compile(rb"bearer +([A-Za-z0-9\-._~+/]+=*)", re.IGNORECASE)
@@ -157,7 +157,7 @@ class BearerAuthenticator:
                 principal.issuer or "", principal.id, principal.credential, issued_at=known.issued_at
             )
             if reason is not None:
-                raise InvalidCredentials(reason)
+                raise (CredentialsUnchecked if reason == UNAVAILABLE else InvalidCredentials)(reason)
         return known.principal
 
     def forget(self) -> None:

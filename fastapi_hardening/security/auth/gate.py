@@ -14,6 +14,7 @@ Example:
 """
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -22,10 +23,13 @@ from starlette.requests import HTTPConnection
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.context import RequestContext
-from fastapi_hardening.core.identity import Authenticator, InvalidCredentials, Principal
+from fastapi_hardening.core.events import Events
+from fastapi_hardening.core.identity import Authenticator, CredentialsUnchecked, InvalidCredentials, Principal
 from fastapi_hardening.core.store import MemoryStore, StateStore
 from fastapi_hardening.security.auth.basic import BasicAuthenticator
+from fastapi_hardening.security.auth.bearer import BearerAuthenticator
 from fastapi_hardening.security.auth.cross_site import CrossSite
+from fastapi_hardening.security.auth.jwt import JwtVerifier
 from fastapi_hardening.security.auth.problems import (
     BEARER,
     AuthenticationUnavailable,
@@ -37,8 +41,9 @@ from fastapi_hardening.security.auth.problems import (
     with_parameters,
 )
 from fastapi_hardening.security.auth.rbac import Permissions, PermissionsOf, Rbac, roles_of
+from fastapi_hardening.security.auth.revocation import Revocations
 from fastapi_hardening.security.auth.session import Sessions
-from fastapi_hardening.security.auth.settings import AuthSettings
+from fastapi_hardening.security.auth.settings import AuthSettings, keys_of
 
 logger = logging.getLogger("fastapi_hardening.auth")
 
@@ -60,6 +65,7 @@ class Gate:
         authenticators: Who finds out who calls, asked in this order, before those that the settings name.
         permissions_of: Gives the permissions of roles, beside the settings.
         store: Where authenticators keep state, if they have no store of their own.
+        events: Where authenticators that the settings have made tell their facts.
         clock: Where the time comes from.
 
     Attributes:
@@ -69,6 +75,8 @@ class Gate:
         required: Whether a route that says nothing demands a caller who is known.
         idle: Nobody can be identified and nothing is demanded, so that the layer has nothing to do.
         cross_site: Tells requests of other sites.
+        revocations: What was revoked of the tokens whose issuer the settings name.
+        keys: The keys of that issuer; ``None`` where none is named.
         clock: Where the time comes from.
 
     Raises:
@@ -82,12 +90,16 @@ class Gate:
         *,
         permissions_of: PermissionsOf | None = None,
         store: StateStore | None = None,
+        events: Events | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.settings = settings = settings or AuthSettings()
         self.clock = clock or SystemClock()
         store = store or MemoryStore(clock=self.clock)
-        self.authenticators: tuple[Authenticator, ...] = (*authenticators, *_of_settings(settings))
+        self.revocations = Revocations(store, clock=self.clock, events=events)
+        jwt = settings.jwt if settings.enabled and settings.jwt is not None and settings.jwt.enabled else None
+        self.keys = None if jwt is None else keys_of(jwt, clock=self.clock, events=events)
+        self.authenticators: tuple[Authenticator, ...] = (*authenticators, *self._of_settings())
         if not settings.enabled:
             if authenticators:
                 raise ConfigurationError("auth.enabled is false, so the authenticators would not be asked; drop one")
@@ -106,7 +118,7 @@ class Gate:
         if self.required and not self.authenticators:
             raise ConfigurationError(
                 "auth.default is 'required', but nothing could let anybody in: give harden() authenticators, as in "
-                "harden(app, authenticators=[...]), or set auth.basic or auth.session"
+                "harden(app, authenticators=[...]), or set auth.jwt, auth.basic or auth.session"
             )
         rbac = settings.rbac
         self.idle = not self.authenticators and not self.required
@@ -141,6 +153,9 @@ class Gate:
                 if principal is None:
                     continue
                 self._check_end(principal)
+            except CredentialsUnchecked as unchecked:
+                logger.warning("%s credentials cannot be checked: %s", authenticator.scheme, unchecked.reason)
+                raise AuthenticationUnavailable(math.ceil(unchecked.retry_after_seconds)) from unchecked
             except InvalidCredentials as invalid:
                 logger.info("%s credentials are refused: %s", authenticator.scheme, invalid.reason)
                 raise self.credentials_refused(authenticator) from None
@@ -149,6 +164,18 @@ class Gate:
                 raise AuthenticationUnavailable from down
             return Found(principal, authenticator)
         return None
+
+    def _of_settings(self) -> Iterable[Authenticator]:
+        """The authenticators that the settings name."""
+        basic, session, jwt = self.settings.basic, self.settings.session, self.settings.jwt
+        if jwt is not None and self.keys is not None:
+            yield BearerAuthenticator(
+                JwtVerifier(jwt, self.keys, clock=self.clock), revocations=self.revocations, clock=self.clock
+            )
+        if session is not None and session.enabled:
+            yield Sessions(session)
+        if basic is not None and basic.enabled and basic.users:
+            yield BasicAuthenticator(basic.users, realm=basic.realm, roles=basic.roles, permissions=basic.permissions)
 
     def _check_end(self, principal: Principal) -> None:
         if principal.expires_at is not None and principal.expires_at <= self.clock.time():
@@ -221,14 +248,6 @@ def tenant_of(context: RequestContext, principal: Principal) -> str | None:
 def is_ambient(authenticator: Authenticator | None) -> bool:
     """Whether a browser sends these credentials along by itself, so that another site can make use of them."""
     return bool(getattr(authenticator, "ambient", False))
-
-
-def _of_settings(settings: AuthSettings) -> Iterable[Authenticator]:
-    basic, session = settings.basic, settings.session
-    if session is not None and session.enabled:
-        yield Sessions(session)
-    if basic is not None and basic.enabled and basic.users:
-        yield BasicAuthenticator(basic.users, realm=basic.realm, roles=basic.roles, permissions=basic.permissions)
 
 
 _NOBODYS = Gate()

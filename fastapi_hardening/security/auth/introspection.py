@@ -3,7 +3,7 @@
 What a client sends is only a text; who it stands for, and whether it still does, only the provider knows. So its
 answer is believed literally or not at all: ``active`` must be ``true``, audience, issuer and times must fit. While the
 provider does not answer nobody is let in, and nobody is called wrong either: that is
-:class:`~fastapi_hardening.core.identity.AuthenticationUnavailable`, a 503.
+:class:`~fastapi_hardening.core.identity.CredentialsUnchecked`, a 503.
 
 A token that was revoked passes until its answer has expired from the cache, by default a minute. It is *not* for signed
 tokens, which are verified without asking anybody.
@@ -36,7 +36,7 @@ from starlette.requests import HTTPConnection
 
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings
-from fastapi_hardening.core.identity import AuthenticationUnavailable, InvalidCredentials, Principal
+from fastapi_hardening.core.identity import CredentialsUnchecked, InvalidCredentials, Principal
 from fastapi_hardening.core.store import BoundedMap
 
 logger = logging.getLogger("fastapi_hardening.auth")
@@ -160,7 +160,7 @@ class IntrospectionAuthenticator:
 
         Raises:
             InvalidCredentials: The token is malformed, or the provider does not vouch for it.
-            AuthenticationUnavailable: The provider does not answer, or not as it should.
+            CredentialsUnchecked: The provider does not answer, or not as it should.
         """
         if not self.settings.enabled:
             return None
@@ -177,7 +177,7 @@ class IntrospectionAuthenticator:
 
         Raises:
             InvalidCredentials: The token is malformed, or the provider does not vouch for it.
-            AuthenticationUnavailable: The provider does not answer, or not as it should.
+            CredentialsUnchecked: The provider does not answer, or not as it should.
         """
         if len(token) > self.settings.max_token_bytes or not _TOKEN.fullmatch(token):
             raise InvalidCredentials("malformed")
@@ -191,7 +191,7 @@ class IntrospectionAuthenticator:
             raise InvalidCredentials(refused)
         verdict = await self._ask_once(token, digest)
         if verdict.unavailable:
-            raise AuthenticationUnavailable(verdict.unavailable, retry_after_seconds=self.settings.retry_after_seconds)
+            raise CredentialsUnchecked(verdict.unavailable, retry_after_seconds=self.settings.retry_after_seconds)
         if verdict.principal is None:
             raise InvalidCredentials(verdict.refused)
         return verdict.principal

@@ -49,7 +49,7 @@ from pydantic import Field, SecretStr, model_validator
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import Section
 from fastapi_hardening.core.events import Events
-from fastapi_hardening.core.identity import AuthenticationUnavailable
+from fastapi_hardening.core.identity import CredentialsUnchecked
 from fastapi_hardening.core.store import StateStore
 
 logger = logging.getLogger("fastapi_hardening.auth")
@@ -336,7 +336,7 @@ def _failing_closed() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise AuthenticationUnavailable("the state store does not answer") from error
+        raise CredentialsUnchecked("the state store does not answer") from error
 
 
 class _Records:
@@ -355,7 +355,7 @@ class _Records:
         with _failing_closed():
             if await self._store.put("auth:" + key, data, ttl_seconds):
                 return
-        raise AuthenticationUnavailable("the state store has no room")
+        raise CredentialsUnchecked("the state store has no room")
 
     async def add(self, key: str, value: Any, ttl_seconds: float) -> bool:
         data = json.dumps(value).encode()
@@ -449,7 +449,7 @@ class TokenIssuer:
             refreshable: Whether there is a refresh token.
 
         Raises:
-            AuthenticationUnavailable: The store fails or has no room; nothing was issued.
+            CredentialsUnchecked: The store fails or has no room; nothing was issued.
             ValueError: A claim has the name of one that is set here, or the subject is empty.
         """
         claims = dict(claims or {})
@@ -480,7 +480,7 @@ class TokenIssuer:
         Raises:
             InvalidGrant: The token is unknown, expired, revoked, another client's, or was used before.
             InvalidScope: The scope is more than was granted; the token is still good.
-            AuthenticationUnavailable: The store fails or has no room; nothing was issued.
+            CredentialsUnchecked: The store fails or has no room; nothing was issued.
         """
         token = _RefreshToken.read(refresh_token)
         if token is None:
@@ -513,7 +513,7 @@ class TokenIssuer:
 
         Raises:
             InvalidGrant: The token is another client's.
-            AuthenticationUnavailable: The store fails; nothing was revoked.
+            CredentialsUnchecked: The store fails; nothing was revoked.
         """
         token = _RefreshToken.read(refresh_token)
         grant = None if token is None else await self._grant(token.family)
@@ -528,7 +528,7 @@ class TokenIssuer:
         """Ends a family by the name that events give it; says whether there was one.
 
         Raises:
-            AuthenticationUnavailable: The store fails; nothing was revoked.
+            CredentialsUnchecked: The store fails; nothing was revoked.
         """
         grant = await self._grant(family)
         if grant is not None:
@@ -539,7 +539,7 @@ class TokenIssuer:
         """Ends every family of a subject: after a new password, or when an account is closed.
 
         Raises:
-            AuthenticationUnavailable: The store fails or has no room; nothing was revoked.
+            CredentialsUnchecked: The store fails or has no room; nothing was revoked.
         """
         # Whatever is older has ended by itself when this expires.
         lifetime = self.settings.family_seconds + _MARGIN_SECONDS
@@ -571,7 +571,7 @@ class TokenIssuer:
             successor = await self._successor_again(token, grant, now)
         if self._clock.monotonic() - began >= _USED_SECONDS / 2:
             await self._records.delete(f"token:{successor.digest}")
-            raise AuthenticationUnavailable("a refresh took so long that its claim on the token may have ended")
+            raise CredentialsUnchecked("a refresh took so long that its claim on the token may have ended")
         return successor
 
     async def _successor(
@@ -588,10 +588,10 @@ class TokenIssuer:
             successor = token.successor(nonce)
             await self._store_token(successor, grant.ends_at)
             await self._records.delete(f"token:{token.digest}")
-        except AuthenticationUnavailable:
+        except CredentialsUnchecked:
             # Nothing was given for it, so it may be tried again. With a grace the mark itself allows that.
             if not self.settings.reuse_grace_seconds and self._clock.monotonic() - began < _USED_SECONDS / 2:
-                with suppress(AuthenticationUnavailable):
+                with suppress(CredentialsUnchecked):
                     await self._records.delete(f"used:{token.digest}")
             raise
         return successor
@@ -600,7 +600,7 @@ class TokenIssuer:
         """What to say to a token that is in use, or was used a moment ago."""
         mark = await self._records.get(f"used:{token.digest}")
         if mark is None:
-            raise AuthenticationUnavailable("the state store has no room")
+            raise CredentialsUnchecked("the state store has no room")
         used_at, nonce = mark
         if nonce and now - used_at <= self.settings.reuse_grace_seconds:
             successor = token.successor(bytes.fromhex(nonce))

@@ -31,7 +31,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings, did_you_mean
-from fastapi_hardening.core.identity import InvalidCredentials
+from fastapi_hardening.core.identity import CredentialsUnchecked, InvalidCredentials
 from fastapi_hardening.security.auth.jwk import ALGORITHMS, VerificationKey, decode_canonical, strict_object
 from fastapi_hardening.security.auth.keys import KeySource
 
@@ -344,7 +344,7 @@ class JwtVerifier:
             raise
         except Exception:
             logger.exception("the source of keys for %s failed", self.settings.issuer)
-            raise InvalidCredentials("keys-unavailable") from None
+            raise CredentialsUnchecked("keys-unavailable") from None
         found = False
         for key in keys:
             # The key decides, and not the source that has found it.

@@ -30,7 +30,7 @@ from fastapi_hardening.core.check import CheckResult
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
 from fastapi_hardening.core.events import Events
-from fastapi_hardening.core.identity import InvalidCredentials
+from fastapi_hardening.core.identity import CredentialsUnchecked
 from fastapi_hardening.security.auth.jwk import ASYMMETRIC, KeySet, VerificationKey, strict_object
 
 logger = logging.getLogger("fastapi_hardening.auth.keys")
@@ -55,7 +55,7 @@ class KeySource(Protocol):
         """The keys that a token may be verified with; none if there is no such key.
 
         Raises:
-            InvalidCredentials: No key is known at all; the reason is ``keys-unavailable``.
+            CredentialsUnchecked: No key is known at all; the reason is ``keys-unavailable``.
         """
         ...
 
@@ -285,7 +285,7 @@ class RemoteKeys:
         """The keys that a token may be verified with.
 
         Raises:
-            InvalidCredentials: There are none and the provider gives none; the reason is ``keys-unavailable``.
+            CredentialsUnchecked: There are none and the provider gives none; the reason is ``keys-unavailable``.
         """
         await self._keep_fresh()
         found = self._look(kid, algorithm)
@@ -296,7 +296,7 @@ class RemoteKeys:
 
     def _look(self, kid: str | None, algorithm: str) -> Sequence[VerificationKey]:
         if self._keys is None:
-            raise InvalidCredentials("keys-unavailable")
+            raise CredentialsUnchecked("keys-unavailable")
         return self._keys.find(kid, algorithm)
 
     async def check(self) -> CheckResult:

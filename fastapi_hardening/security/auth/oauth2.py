@@ -42,7 +42,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from fastapi_hardening.core import context as request_context
-from fastapi_hardening.core.identity import AuthenticationUnavailable, Principal
+from fastapi_hardening.core.identity import CredentialsUnchecked, Principal
 from fastapi_hardening.core.problem import Problem, retry_after, tell
 from fastapi_hardening.security.auth.issuer import InvalidGrant, InvalidScope, IssuedTokens, TokenIssuer
 from fastapi_hardening.security.auth.throttle import LoginThrottle
@@ -531,7 +531,7 @@ async def _oauth_errors(work: Awaitable[Any]) -> Any:
         raise OAuthError("invalid_grant", "The refresh token is not good.") from error
     except InvalidScope as error:
         raise OAuthError("invalid_scope", "The scope is more than was granted.") from error
-    except AuthenticationUnavailable as error:
+    except CredentialsUnchecked as error:
         logger.warning("tokens could not be issued or revoked: %s", error.reason)
         raise OAuthError(
             "temporarily_unavailable",

@@ -27,6 +27,9 @@ from fastapi_hardening.core.store import StateStore
 
 logger = logging.getLogger("fastapi_hardening.auth.revocation")
 
+UNAVAILABLE = "revocations-unavailable"
+"""Why a token is refused while nobody can say whether it was revoked."""
+
 _WEEK = 604_800.0
 _BLOCKED = b"1"
 
@@ -176,7 +179,7 @@ class Revocations:
         except Exception as error:  # noqa: BLE001 - any store may stand behind the protocol
             logger.warning("the store does not say what is revoked: %s", error)
             self._emit(RevocationsUnavailable(str(error) or type(error).__name__, self._accept))
-            return None if self._accept else "revocations-unavailable"
+            return None if self._accept else UNAVAILABLE
         if any(token):
             return "revoked-token"
         if blocked:

@@ -1,12 +1,18 @@
 """The settings of authentication: what is demanded of every route, and the credentials that need no code."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from fastapi_hardening.core import headers as header_fields
+from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConcernSettings
+from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.origins import ANY, checked_origin
+from fastapi_hardening.security.auth.jwk import InvalidKey, VerificationKey
+from fastapi_hardening.security.auth.jwt import JwtSettings
+from fastapi_hardening.security.auth.keys import KeySource, RemoteKeys, RemoteKeysSettings, StaticKeys
 from fastapi_hardening.security.auth.rbac import RbacSettings, checked_permission
 
 _SHORTEST_SECRET = 32
@@ -104,6 +110,65 @@ class SessionSettings(ConcernSettings):
         return self
 
 
+class BearerSettings(JwtSettings):
+    """Bearer tokens of one issuer. Its keys are found by OpenID Connect Discovery, unless something else is set."""
+
+    jwks_url: str | None = None
+    """The address of its JWK set, for an issuer that has no metadata."""
+
+    secrets: tuple[SecretStr, ...] = ()
+    """Secrets that it shares with this application, the current one first; at least 32 bytes each. The allow list must
+    name ``HS256``."""
+
+    public_keys: tuple[str, ...] = ()
+    """Its public keys as PEM, the current one first."""
+
+    allow_loopback_http: bool = False
+    """Whether an issuer on this machine may be asked without TLS; for development."""
+
+    @model_validator(mode="after")
+    def _keys_of_one_kind(self) -> "BearerSettings":
+        if sum(map(bool, (self.jwks_url, self.secrets, self.public_keys))) > 1:
+            raise ValueError("jwks_url, secrets and public_keys: one of them says where the keys come from")
+        keys_of(self)
+        return self
+
+
+def keys_of(settings: BearerSettings, *, clock: Clock | None = None, events: Events | None = None) -> KeySource:
+    """Where the keys of an issuer come from.
+
+    Raises:
+        ValueError: A key cannot be used with what the allow list names, or an address is not https.
+    """
+    if settings.secrets:
+        algorithm = next((name for name in settings.algorithms if name.startswith("HS")), None)
+        if algorithm is None:
+            raise ValueError("secrets are for HMAC: set algorithms to HS256")
+        shared = [VerificationKey.from_secret(secret.get_secret_value(), algorithm) for secret in settings.secrets]
+        return StaticKeys(*shared)
+    if settings.public_keys:
+        return StaticKeys(*(_public_key(pem, settings.algorithms) for pem in settings.public_keys))
+    issuer = settings.issuer if settings.jwks_url is None else None
+    usable = tuple(name for name in settings.algorithms if not name.startswith("HS"))
+    remote = RemoteKeysSettings(
+        issuer=issuer,
+        jwks_url=settings.jwks_url,
+        algorithms=usable,
+        allow_loopback_http=settings.allow_loopback_http,
+    )
+    return RemoteKeys(remote, clock=clock, events=events)
+
+
+def _public_key(pem: str, algorithms: Sequence[str]) -> VerificationKey:
+    """A public key, for the first of the algorithms that is one of its kind."""
+    for algorithm in algorithms[:-1]:
+        try:
+            return VerificationKey.from_pem(pem, algorithm)
+        except InvalidKey:
+            continue
+    return VerificationKey.from_pem(pem, algorithms[-1])
+
+
 class AuthSettings(ConcernSettings):
     """The settings of authentication."""
 
@@ -121,6 +186,9 @@ class AuthSettings(ConcernSettings):
 
     rbac: RbacSettings = RbacSettings()
     """Roles and their permissions."""
+
+    jwt: BearerSettings | None = None
+    """Bearer tokens of an issuer."""
 
     basic: BasicSettings | None = None
     """HTTP Basic for operations."""

@@ -43,7 +43,7 @@ from starlette.exceptions import HTTPException
 from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConcernSettings
 from fastapi_hardening.core.events import Events
-from fastapi_hardening.core.identity import AuthenticationUnavailable
+from fastapi_hardening.core.identity import CredentialsUnchecked
 from fastapi_hardening.core.problem import IANA, Problem
 from fastapi_hardening.core.store import MemoryStore, StateStore
 from fastapi_hardening.core.window import Limit, Limiter, parse_limits
@@ -176,7 +176,7 @@ class Attempt:
     """A login that is under way. Left without a word, or by an exception, it has failed.
 
     Only what says that nothing was checked counts for nothing: a status of 500 or above, such as 503 for too many
-    hashes at once, :class:`~fastapi_hardening.core.identity.AuthenticationUnavailable`, or a client that went away.
+    hashes at once, :class:`~fastapi_hardening.core.identity.CredentialsUnchecked`, or a client that went away.
     """
 
     def __init__(self, throttle: "LoginThrottle", account: str, places: tuple[str, ...], *, known: bool) -> None:
@@ -301,7 +301,7 @@ class LoginThrottle:
 def _nothing_was_checked(error: Exception) -> bool:
     if isinstance(error, HTTPException):
         return error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
-    return isinstance(error, AuthenticationUnavailable)
+    return isinstance(error, CredentialsUnchecked)
 
 
 def _canonical(account: str) -> str:

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from starlette.requests import HTTPConnection
 
 from fastapi_hardening.core.clock import ManualClock
-from fastapi_hardening.core.identity import AuthenticationUnavailable, Authenticator, InvalidCredentials, Principal
+from fastapi_hardening.core.identity import Authenticator, CredentialsUnchecked, InvalidCredentials, Principal
 from fastapi_hardening.security.auth.introspection import IntrospectionAuthenticator, IntrospectionSettings
 
 TOKEN = "2YotnFZFEjr1zCsicMWpAA"
@@ -64,10 +64,10 @@ class Kit:
     async def outcome(self, token: str = TOKEN) -> Principal | str:
         try:
             return await self.authenticator.principal_of(token)
+        except CredentialsUnchecked as error:
+            return f"503: {error.reason}"
         except InvalidCredentials as error:
             return error.reason
-        except AuthenticationUnavailable as error:
-            return f"503: {error.reason}"
 
 
 # --- what an answer must say ------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_a_provider_that_does_not_answer_lets_nobody_in(error: Exception) -> Non
     kit.provider.raises = error
     assert isinstance(kit.ask("known"), Principal)
     for _ in range(2):
-        with pytest.raises(AuthenticationUnavailable) as refused:
+        with pytest.raises(CredentialsUnchecked) as refused:
             asyncio.run(kit.authenticator.principal_of("new"))
         assert refused.value.retry_after_seconds == 7
         assert "boom" not in refused.value.reason
@@ -480,7 +480,7 @@ async def over_the_wire(answer: bytes) -> tuple[str, list[bytes]]:
         authenticator = IntrospectionAuthenticator(settings(url=url), clock=ManualClock())
         try:
             outcome = str(await authenticator.principal_of(TOKEN))
-        except AuthenticationUnavailable as error:
+        except CredentialsUnchecked as error:
             outcome = error.reason
         finally:
             await authenticator.aclose()
@@ -517,7 +517,7 @@ def test_nobody_there_is_a_provider_that_does_not_answer() -> None:
         async with serving(b"") as (url, _):
             pass
         authenticator = IntrospectionAuthenticator(settings(url=url))
-        with pytest.raises(AuthenticationUnavailable) as refused:
+        with pytest.raises(CredentialsUnchecked) as refused:
             await authenticator.principal_of(TOKEN)
         await authenticator.aclose()
         return refused.value.reason

@@ -25,7 +25,7 @@ from pydantic import SecretStr
 
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.events import Events
-from fastapi_hardening.core.identity import AuthenticationUnavailable
+from fastapi_hardening.core.identity import CredentialsUnchecked
 from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.security.auth.issuer import (
     FamilyRevoked,
@@ -468,7 +468,7 @@ def test_however_requests_are_interleaved_no_token_is_taken_twice(
         for _ in range(3):
             try:
                 tokens = await kit.refresh(token)
-            except (InvalidGrant, AuthenticationUnavailable):
+            except (InvalidGrant, CredentialsUnchecked):
                 continue
             successors.setdefault(token, []).append(str(tokens.refresh_token))
             token = str(tokens.refresh_token)
@@ -499,7 +499,7 @@ def test_within_the_grace_a_refresh_that_failed_is_done_again() -> None:
     async def check() -> IssuedTokens:
         first = await kit.login()
         kit.store.fails_in, kit.store.failures = calls_before_the_successor_is_stored, 1
-        with pytest.raises(AuthenticationUnavailable):
+        with pytest.raises(CredentialsUnchecked):
             await kit.refresh(first.refresh_token)
         second = await kit.refresh(first.refresh_token)
         third = await kit.refresh(second.refresh_token)
@@ -724,7 +724,7 @@ def test_a_store_that_fails_issues_nothing_and_locks_nobody_out(step: int) -> No
     async def check() -> None:
         first = await kit.login()
         kit.store.fails_in = step
-        with pytest.raises(AuthenticationUnavailable) as refusal:
+        with pytest.raises(CredentialsUnchecked) as refusal:
             await kit.refresh(first.refresh_token)
         assert refusal.value.retry_after_seconds > 0
         kit.store.fails_in = None
@@ -746,7 +746,7 @@ def test_a_short_failure_is_over_at_once() -> None:
     async def check() -> IssuedTokens:
         first = await kit.login()
         kit.store.fails_in, kit.store.failures = calls_before_the_successor_is_stored, 1
-        with pytest.raises(AuthenticationUnavailable):
+        with pytest.raises(CredentialsUnchecked):
             await kit.refresh(first.refresh_token)
         return await kit.refresh(first.refresh_token)
 
@@ -766,7 +766,7 @@ def test_without_a_store_there_is_no_login_and_no_revocation() -> None:
         kit.issuer.revoke_family(str(tokens.family)),
         kit.issuer.revoke_subject("anna"),
     ):
-        with pytest.raises(AuthenticationUnavailable):
+        with pytest.raises(CredentialsUnchecked):
             run(attempt)
     assert [type(event) for event in kit.seen] == [TokensIssued]
 
@@ -776,7 +776,7 @@ def test_a_full_store_issues_nothing_and_still_revokes() -> None:
     kit = Kit(max_keys=2)
     tokens = run(kit.login())
     for attempt in (kit.login("otto"), kit.refresh(tokens.refresh_token), kit.issuer.revoke_subject("anna")):
-        with pytest.raises(AuthenticationUnavailable, match="no room"):
+        with pytest.raises(CredentialsUnchecked, match="no room"):
             run(attempt)
     assert kit.told(RefreshTokenReused) == []
     assert run(kit.issuer.revoke(str(tokens.refresh_token)))
@@ -796,7 +796,7 @@ def test_a_refresh_that_stood_still_gives_up() -> None:
             await delete(key)
 
         kit.store.delete = late  # type: ignore[method-assign]
-        with pytest.raises(AuthenticationUnavailable, match="so long"):
+        with pytest.raises(CredentialsUnchecked, match="so long"):
             await kit.refresh(first.refresh_token)
 
     run(check())

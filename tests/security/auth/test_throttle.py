@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.events import Events
-from fastapi_hardening.core.identity import AuthenticationUnavailable, InvalidCredentials
+from fastapi_hardening.core.identity import CredentialsUnchecked, InvalidCredentials
 from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.core.window import parse_limits
 from fastapi_hardening.security.auth.passwords import HashingOverloaded
@@ -201,7 +201,7 @@ def test_guesses_at_the_same_time_are_counted_before_they_fail() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [HashingOverloaded(), AuthenticationUnavailable("gone"), HTTPException(502), asyncio.CancelledError()]
+    "error", [HashingOverloaded(), CredentialsUnchecked("gone"), HTTPException(502), asyncio.CancelledError()]
 )
 def test_what_could_not_be_checked_is_no_failure(error: BaseException) -> None:
     """Such as too many hashes at once: it costs the caller nothing."""
