@@ -17,7 +17,7 @@ from fastapi_hardening.observability.request_context import CurrentRequest, Requ
 from fastapi_hardening.security.cors import Cors
 from fastapi_hardening.security.rate_limit import RateLimit
 from fastapi_hardening.security.request_limits import RequestLimits
-from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders
+from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders, csp_nonce_context
 from fastapi_hardening.settings import Settings
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "SecurityHeaders",
     "Settings",
     "configure_logging",
+    "csp_nonce_context",
     "harden",
 ]
 

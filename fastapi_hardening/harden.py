@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastapi_hardening.api import errors
+from fastapi_hardening.api import docs_pages, errors
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError
@@ -30,11 +30,20 @@ from fastapi_hardening.observability.health import HealthMiddleware
 from fastapi_hardening.observability.metrics import MetricsMiddleware
 from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
+from fastapi_hardening.security import csp_reports, security_txt
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.cors import CorsMiddleware, take_over
+from fastapi_hardening.security.csp_reports import CspReportsMiddleware
 from fastapi_hardening.security.rate_limit import RateLimitMiddleware
 from fastapi_hardening.security.request_limits import RequestLimitsMiddleware
-from fastapi_hardening.security.security_headers import HeaderPolicy, SecurityHeadersMiddleware
+from fastapi_hardening.security.security_headers import (
+    HeaderPolicy,
+    SecurityHeaders,
+    SecurityHeadersMiddleware,
+    SecurityHeadersSettings,
+    csp_nonce,
+)
+from fastapi_hardening.security.security_txt import SecurityTxtMiddleware
 from fastapi_hardening.settings import Settings
 
 logger = logging.getLogger("fastapi_hardening")
@@ -53,7 +62,7 @@ INBOUND: tuple[Slot, ...] = (
          lambda h, app: MetricsMiddleware(app, recorder=h.metrics, fields=_policy_fields(h), clock=h.clock)),
     Slot("tracing", "tracing", "one server span"),
     Slot("security headers", "security_headers", "header fields that protect browsers, on every answer",
-         lambda h, app: SecurityHeadersMiddleware(app, h.settings.security_headers)),
+         lambda h, app: SecurityHeadersMiddleware(app, _header_settings(h))),
     Slot("CORS", "cors", "above everything that refuses, so that a browser may read the refusal",
          lambda h, app: CorsMiddleware(app, h.cors)),
     Slot("errors", "errors", "whatever is raised becomes a problem document",
@@ -68,6 +77,10 @@ INBOUND: tuple[Slot, ...] = (
              app, h.settings.request_limits, allowed_hosts=h.settings.allowed_hosts, clock=h.clock)),
     Slot("address limit", "address_limit", "flood guard by client address, without I/O",
          lambda h, app: AddressLimitMiddleware(app, h.settings.address_limit, clock=h.clock)),
+    Slot("security.txt", "security_txt", "whom to tell of a vulnerability",
+         lambda h, app: SecurityTxtMiddleware(app, h.settings.security_txt)),
+    Slot("CSP reports", "csp_reports", "takes and counts what browsers report of policies",
+         lambda h, app: CspReportsMiddleware(app, h.settings.csp_reports, events=h.events, clock=h.clock)),
     Slot("version", "versioning", "which version of the API is asked for"),
     Slot("authentication", "auth", "who calls, and whether the route lets them"),
     Slot("tenancy", "tenancy", "whose data it is about"),
@@ -137,10 +150,20 @@ def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | Non
     app.router.lifespan_context = hardened_lifespan
     if handle.settings.errors.enabled and handle.settings.errors.format == "problem":
         errors.describe(app)  # now, for a document that is exported without serving; again when the stack is built
+    _introduce(handle)
     for key in handle.settings.without_effect():
         logger.warning("%s is set, but this concern is not built yet, so it has no effect", key)
     logger.info("hardened %s: %s", app.title, ", ".join(layer.name for layer in handle.pipeline if layer.state == "on"))
     return handle
+
+
+def _introduce(handle: Hardening) -> None:
+    """Has concerns that know nothing of metrics and health counted and checked."""
+    settings = handle.settings
+    if settings.csp_reports.enabled:
+        csp_reports.measure(handle.metrics.registry, handle.events)
+    if settings.security_txt.enabled:
+        handle.checks.add("security_txt", security_txt.check(settings.security_txt, handle.clock), critical=False)
 
 
 def _around(handle: Hardening, inner: ASGIApp, bare: ASGIApp) -> ASGIApp:
@@ -154,14 +177,41 @@ def _around(handle: Hardening, inner: ASGIApp, bare: ASGIApp) -> ASGIApp:
 
 
 def _adopting(handle: Hardening) -> Callable[[RouteTable], None]:
-    """Has every application of the tree answer errors alike; called again for what is mounted later."""
+    """Has every application of the tree answer errors alike, and show its documentation under the strict policy.
+
+    Called again for what is mounted later.
+    """
+    docs = handle.settings.docs_pages
+    page = SecurityHeaders(
+        content_security_policy=docs_pages.policy(docs),
+        content_security_policy_report_only=None,
+        # A sign-in opens a window of another origin and hears from it.
+        cross_origin_opener_policy="same-origin-allow-popups",
+    )
+    redirect = SecurityHeaders(
+        content_security_policy=docs_pages.REDIRECT_POLICY,
+        content_security_policy_report_only=None,
+        cross_origin_opener_policy=None,
+    )
 
     def adopt(table: RouteTable) -> None:
-        if handle.settings.errors.enabled:
-            for application in table.applications:
+        for application in table.applications:
+            if handle.settings.errors.enabled:
                 errors.install(application, handle.settings.errors)
+            if docs.enabled:
+                docs_pages.install(
+                    application, docs, nonce=csp_nonce, page_dependencies=[page], redirect_dependencies=[redirect]
+                )
 
     return adopt
+
+
+def _header_settings(handle: Hardening) -> SecurityHeadersSettings:
+    """The header fields, which tell browsers of the report route if there is one."""
+    headers, reports = handle.settings.security_headers, handle.settings.csp_reports
+    if not reports.enabled or headers.reporting_endpoint is not None:
+        return headers
+    return headers.model_copy(update={"reporting_endpoint": reports.path})
 
 
 def _probe_fields(handle: Hardening) -> Callable[[RawHeaders, Scope], RawHeaders]:
