@@ -182,28 +182,30 @@ def _adopting(handle: Hardening) -> Callable[[RouteTable], None]:
     Called again for what is mounted later.
     """
     docs = handle.settings.docs_pages
-    page = SecurityHeaders(
-        content_security_policy=docs_pages.policy(docs),
-        content_security_policy_report_only=None,
-        # A sign-in opens a window of another origin and hears from it.
-        cross_origin_opener_policy="same-origin-allow-popups",
-    )
-    redirect = SecurityHeaders(
-        content_security_policy=docs_pages.REDIRECT_POLICY,
-        content_security_policy_report_only=None,
-        cross_origin_opener_policy=None,
-    )
+    policies = _docs_policies(docs) if docs.enabled else {}
 
     def adopt(table: RouteTable) -> None:
         for application in table.applications:
             if handle.settings.errors.enabled:
                 errors.install(application, handle.settings.errors)
             if docs.enabled:
-                docs_pages.install(
-                    application, docs, nonce=csp_nonce, page_dependencies=[page], redirect_dependencies=[redirect]
-                )
+                docs_pages.install(application, docs, nonce=csp_nonce, policies=policies)
 
     return adopt
+
+
+def _docs_policies(docs: docs_pages.DocsPagesSettings) -> docs_pages.Policies:
+    """The header fields of each documentation page."""
+    strictly: dict[str, Any] = {"content_security_policy_report_only": None}
+    page = strictly | {"content_security_policy": docs_pages.policy(docs)}
+    redirect = strictly | {"content_security_policy": docs_pages.REDIRECT_POLICY}
+    fields = {
+        # A sign-in opens a window of another origin, and hears from it when it has come back.
+        "swagger_ui_html": SecurityHeaders(**page, cross_origin_opener_policy="same-origin-allow-popups"),
+        "swagger_ui_redirect": SecurityHeaders(**redirect, cross_origin_opener_policy=None),
+        "redoc_html": SecurityHeaders(**page),
+    }
+    return {name: override.after_routing for name, override in fields.items()}
 
 
 def _header_settings(handle: Hardening) -> SecurityHeadersSettings:

@@ -21,22 +21,20 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from fastapi import FastAPI, Request, params
+from fastapi import FastAPI, Request
 from fastapi.encoders import jsonable_encoder
 from fastapi.openapi.docs import get_swagger_ui_oauth2_redirect_html, swagger_ui_default_parameters
-from fastapi.routing import APIRoute
 from pydantic import field_validator
 from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
 
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
-
-Nonce = Callable[[Request], str]
 
 
 class DocsPagesSettings(ConcernSettings):
@@ -106,8 +104,11 @@ _LOGO = b"https://cdn.redoc.ly/redoc/logo-mini.svg"
 _LOGO_ORIGIN = "https://cdn.redoc.ly"
 _NO_LOGO = b"data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>"
 
-# ReDoc puts its styles into an empty element by script; this is the hash of nothing.
-_EMPTY_STYLE = "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='"
+# ReDoc puts its styles into an empty element by script, and those of its scroll bar into one before it knows the nonce:
+# the hash of nothing, and of that style sheet.
+_REDOC_STYLES = (
+    "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' 'sha256-QMIg+bpjm3JdElJ388KYke01izlUW0UoNOeKjpMxdgc='"
+)
 
 
 _PACKAGE = "fastapi-offline"
@@ -128,7 +129,7 @@ def policy(settings: DocsPagesSettings) -> str:
     """The Content-Security-Policy of the two pages; ``{nonce}`` stands where the nonce of an answer goes."""
     images = settings.img_src if assets_folder(settings) else (*settings.img_src, _LOGO_ORIGIN)
     return (
-        f"default-src 'none'; script-src 'nonce-{{nonce}}'; style-src 'nonce-{{nonce}}' {_EMPTY_STYLE}; "
+        f"default-src 'none'; script-src 'nonce-{{nonce}}'; style-src 'nonce-{{nonce}}' {_REDOC_STYLES}; "
         f"img-src {' '.join(images)}; connect-src {' '.join(settings.connect_src)}; worker-src blob:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
@@ -140,17 +141,15 @@ REDIRECT_POLICY = (
 """That of the page to which a sign-in comes back."""
 
 
-class Pages:
+class Html:
     """The HTML of the pages, with nothing in it that is not escaped.
 
     Args:
-        prefix: What stands before the name of a file that the application serves; ``None`` for the network.
+        version: The version of the files that the application serves; ``None`` where they come from the network.
     """
 
-    def __init__(self, prefix: str | None) -> None:
-        self._prefix = prefix
-        # With each version the files have other addresses, so that a browser may keep them for ever.
-        self._version = "" if prefix is None else importlib.metadata.version(_PACKAGE)
+    def __init__(self, version: str | None) -> None:
+        self._version = version
 
     def swagger_ui(self, app: FastAPI, root_path: str, nonce: str) -> str:
         """The page of Swagger UI, with the parameters that the application gives to FastAPI."""
@@ -185,9 +184,15 @@ class Pages:
             f'<script {self._source("src", REDOC_SCRIPT)} nonce="{nonce}"></script>',
         )
 
+    def oauth2_redirect(self, nonce: str) -> str:
+        """FastAPI's page to which a sign-in comes back."""
+        page = bytes(get_swagger_ui_oauth2_redirect_html().body).decode()
+        return page.replace("<script>", f'<script nonce="{nonce}">')
+
     def _source(self, attribute: str, asset: Asset) -> str:
-        if self._prefix is not None:
-            return f'{attribute}="{escape(self._prefix + asset.name)}?v={self._version}"'
+        if self._version is not None:
+            # A query of the page itself, so that it does not matter what a mount or a proxy puts before its path.
+            return f'{attribute}="?asset={asset.name}&amp;v={self._version}"'
         return f'{attribute}="{asset.url}" integrity="{asset.integrity}" crossorigin="anonymous"'
 
 
@@ -210,46 +215,39 @@ def _json(value: Any) -> str:
 # --- routes -----------------------------------------------------------------------------------------------------------
 
 _OF_FASTAPI = "FastAPI.setup.<locals>."
-_PAGES = {"swagger_ui_html": (SWAGGER_SCRIPT, SWAGGER_STYLE), "redoc_html": (REDOC_SCRIPT,)}
-_REDIRECT = "swagger_ui_redirect"
+
+Policies = Mapping[str, Callable[[Request, Response], Awaitable[None]]]
+"""By the name that FastAPI gives a page, what has the policy of its answer enforced."""
 
 
 def install(
     app: Any,
     settings: DocsPagesSettings | None = None,
     *,
-    nonce: Nonce = lambda _request: "",
-    page_dependencies: Sequence[params.Depends] = (),
-    redirect_dependencies: Sequence[params.Depends] = (),
+    nonce: Callable[[Request], str] = lambda _request: "",
+    policies: Policies | None = None,
 ) -> None:
     """Puts these pages in the place of FastAPI's own; a second call finds nothing to replace.
 
     Args:
         app: A FastAPI application; of any other nothing is replaced.
         settings: Where the files come from.
-        nonce: Gives the nonce of an answer, which the policy of the answer names.
-        page_dependencies: What the routes of the two pages declare, such as their policy.
-        redirect_dependencies: What the route declares to which a sign-in comes back.
+        nonce: Gives the nonce of an answer, which its policy names.
+        policies: What has the policy of a page enforced; of ``swagger_ui_html``, ``redoc_html`` and
+            ``swagger_ui_redirect``.
 
     Raises:
         ConfigurationError: The files are to come from the application, and the extra is not installed.
     """
     where = assets_folder(settings or DocsPagesSettings())
     for router in list(_routers(app.router)):
-        for route in [route for route in router.routes if _name(route)]:
+        for index, route in enumerate(router.routes):
             name = _name(route)
-            if name == _REDIRECT:
-                made = [_route(route.path, _redirect(nonce), name, redirect_dependencies)]
-            else:
-                page = _page_of(route, name, nonce, self_hosted=where is not None)
-                made = [_route(route.path, page, name, page_dependencies)]
-                if where is not None:
-                    below = route.path.rstrip("/") + "/"
-                    made += [_route(below + each.name, _file(each, where), each.name) for each in _PAGES[name]]
-            at = router.routes.index(route)
-            router.routes[at : at + 1] = made
-            # FastAPI remembers what an included router had.
-            getattr(router, "_mark_routes_changed", lambda: None)()
+            if name:
+                page = _Page(route, name, where, nonce, (policies or {}).get(name))
+                router.routes[index] = Route(route.path, page.answer, name=route.name, include_in_schema=False)
+                # FastAPI remembers what an included router had.
+                getattr(router, "_mark_routes_changed", lambda: None)()
 
 
 def assets_folder(settings: DocsPagesSettings) -> Path | None:
@@ -282,50 +280,51 @@ def _name(route: Any) -> str:
     if getattr(endpoint, "__module__", None) != FastAPI.__module__ or not name.startswith(_OF_FASTAPI):
         return ""
     name = name.removeprefix(_OF_FASTAPI)
-    return name if name in _PAGES or name == _REDIRECT else ""
+    return name if name in _ASSETS_OF else ""
 
 
-def _route(path: str, endpoint: Callable[..., Any], name: str, dependencies: Sequence[params.Depends] = ()) -> APIRoute:
-    """A route as FastAPI makes it for its pages, but with dependencies."""
-    return APIRoute(
-        path,
-        endpoint,
-        name=name,
-        methods=["GET", "HEAD"],
-        response_model=None,
-        include_in_schema=False,
-        dependencies=list(dependencies),
-    )
+_ASSETS_OF: dict[str, tuple[Asset, ...]] = {
+    "swagger_ui_html": (SWAGGER_SCRIPT, SWAGGER_STYLE),
+    "redoc_html": (REDOC_SCRIPT,),
+    "swagger_ui_redirect": (),
+}
 
 
-def _page_of(route: Any, name: str, nonce: Nonce, *, self_hosted: bool) -> Callable[[Request], Any]:
-    # Which application it documents: an included router does not say.
-    app: FastAPI = inspect.getclosurevars(route.endpoint).nonlocals["self"]
-    # Relative to the page, so that it does not matter what a mount or a proxy puts in front of its path.
-    last = route.path.rpartition("/")[2]
-    pages = Pages((f"{last}/" if last else "") if self_hosted else None)
-    html = pages.redoc if name == "redoc_html" else pages.swagger_ui
+class _Page:
+    """What answers on the route of a page: the page, and its files, so that they need no routes of their own."""
 
-    async def docs_page(request: Request) -> HTMLResponse:
-        root_path = request.scope.get("root_path", "").rstrip("/")
-        return HTMLResponse(html(app, root_path, nonce(request)))
+    def __init__(
+        self,
+        route: Any,
+        name: str,
+        where: Path | None,
+        nonce: Callable[[Request], str],
+        enforce: Callable[[Request, Response], Awaitable[None]] | None,
+    ) -> None:
+        # Which application is documented, an included router does not say.
+        self._app: FastAPI | None = inspect.getclosurevars(route.endpoint).nonlocals.get("self")
+        self._name = name
+        self._where = where
+        self._files = {} if where is None else {asset.name: asset for asset in _ASSETS_OF[name]}
+        self._html = Html(None if where is None else importlib.metadata.version(_PACKAGE))
+        self._nonce = nonce
+        self._enforce = enforce
 
-    return docs_page
-
-
-def _redirect(nonce: Nonce) -> Callable[[Request], Any]:
-    async def docs_redirect(request: Request) -> HTMLResponse:
-        page = bytes(get_swagger_ui_oauth2_redirect_html().body).decode()
-        return HTMLResponse(page.replace("<script>", f'<script nonce="{nonce(request)}">'))
-
-    return docs_redirect
-
-
-def _file(asset: Asset, where: Path) -> Callable[[], Any]:
-    async def docs_asset() -> Response:
-        body = await asyncio.to_thread(content, asset, where)
-        # Its address has the version of the files.
-        cached = {"Cache-Control": "public, max-age=31536000, immutable"}
-        return Response(body, headers=cached, media_type=asset.media_type)
-
-    return docs_asset
+    async def answer(self, request: Request) -> Response:
+        asset = self._files.get(request.query_params.get("asset", "")) if self._files else None
+        if asset is not None and self._where is not None:
+            body = await asyncio.to_thread(content, asset, self._where)
+            # Its address has the version of the files.
+            cached = {"Cache-Control": "public, max-age=31536000, immutable"}
+            return Response(body, headers=cached, media_type=asset.media_type)
+        nonce, root_path = self._nonce(request), request.scope.get("root_path", "").rstrip("/")
+        if self._app is None:
+            html = self._html.oauth2_redirect(nonce)
+        elif self._name == "redoc_html":
+            html = self._html.redoc(self._app, root_path, nonce)
+        else:
+            html = self._html.swagger_ui(self._app, root_path, nonce)
+        response = HTMLResponse(html)
+        if self._enforce is not None:
+            await self._enforce(request, response)
+        return response

@@ -459,10 +459,11 @@ class SecurityHeaders(Override):
         if SecurityHeadersMiddleware not in request_context.ensure(connection.scope).state:
             settings = SecurityHeadersSettings(**_ABSENT | self.changes)
             tls = request_context.ensure(connection.scope).secure
+            nonce = request_context.ensure(connection.scope).state.get(_Nonce)
             # What kind of answer it will be is not known here, so the policies of both are set where they are named.
-            fields = _build(settings, html=False, tls=tls).fields + _build(settings, html=True, tls=tls).fields
-            for name, value in fields:
-                response.headers[name.decode("ascii")] = value.decode("ascii")
+            for html in (False, True):
+                for name, value in _with_nonce(_build(settings, html=html, tls=tls), nonce).fields:
+                    response.headers[name.decode("ascii")] = value.decode("ascii")
 
     async def act_late(self, connection: HTTPConnection) -> None:
         """Tells the layer, which has not sent anything yet, of this override."""
