@@ -23,7 +23,7 @@ Example:
 
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -311,12 +311,14 @@ def _build(settings: SecurityHeadersSettings, *, html: bool, tls: bool) -> Heade
                 raise ValueError(f"{name}: {error}") from None
     endpoint = settings.reporting_endpoint if html else None
     csp = settings.content_security_policy if html else settings.api_content_security_policy
+    # Browsers take named endpoints over TLS only, and where a policy names one pass over the older `report-uri`.
+    reporting = {} if endpoint is None else {"report-uri": endpoint} | ({"report-to": _ENDPOINT_NAME} if tls else {})
     if csp is not None:
-        builders.append(_csp("content_security_policy", csp, endpoint))
+        builders.append(_csp("content_security_policy", csp, reporting))
     if html and settings.content_security_policy_report_only is not None:
         text = settings.content_security_policy_report_only
-        builders.append(_csp("content_security_policy_report_only", text, endpoint).report_only())
-    if endpoint is not None and (csp is not None or settings.content_security_policy_report_only is not None):
+        builders.append(_csp("content_security_policy_report_only", text, reporting).report_only())
+    if "report-to" in reporting and (csp is not None or settings.content_security_policy_report_only is not None):
         builders.append(secure.CustomHeader("Reporting-Endpoints", f'{_ENDPOINT_NAME}="{endpoint}"'))
     checked = secure.Secure(custom=builders).validate_and_normalize_headers(on_invalid="raise", strict=True)
     fields = tuple(
@@ -332,7 +334,7 @@ _REPORTING = frozenset({"report-to", "report-uri"})
 _ENDPOINT_NAME = "csp"
 
 
-def _csp(name: str, text: str, endpoint: str | None) -> secure.ContentSecurityPolicy:
+def _csp(name: str, text: str, reporting: Mapping[str, str]) -> secure.ContentSecurityPolicy:
     """A policy taken apart and put together again, so that a misspelt directive is found here and not by nobody."""
     policy = secure.ContentSecurityPolicy()
     directives = set()
@@ -349,9 +351,9 @@ def _csp(name: str, text: str, endpoint: str | None) -> secure.ContentSecurityPo
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         directives.add(directive)
-    if endpoint is not None and directives.isdisjoint(_REPORTING):
-        # Browsers that know `report-to` (Reporting API, section 3) pass over the older `report-uri`.
-        policy.custom_directive("report-uri", endpoint).custom_directive("report-to", _ENDPOINT_NAME)
+    if directives.isdisjoint(_REPORTING):
+        for directive, where in reporting.items():
+            policy.custom_directive(directive, where)
     return policy
 
 
