@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, SecretStr
+from pydantic import AwareDatetime, BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from fastapi_hardening.core.sources import PREFIX
@@ -168,6 +168,7 @@ _KINDS: dict[Any, str] = {
     float: "number",
     str: "text",
     SecretStr: "secret",
+    AwareDatetime: "date and time with a time zone",
     tuple: "list",
     type(None): "none",
 }
