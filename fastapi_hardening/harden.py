@@ -122,9 +122,9 @@ def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | Non
         raise ConfigurationError("harden() was called after the application began to serve; call it where it is made")
     handle = app.state.hardening = Hardening(app, settings or Settings(), INBOUND, clock=clock)
     build, lifespan = app.build_middleware_stack, app.router.lifespan_context
+    adopt_all = _adopting(handle)
 
     def build_hardened_stack() -> ASGIApp:
-        adopt_all = _adopting(handle)
         adopt_all(handle.table.built())
         handle.table.on_rebuilt.append(adopt_all)
         taken = take_over(app, handle.settings.cors)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
@@ -70,6 +70,12 @@ def test_a_source_that_would_end_its_directive_is_refused(sources: str) -> None:
     """When the settings are made."""
     with pytest.raises(ValueError, match="is not a source"):
         DocsPagesSettings(connect_src=(sources,))
+
+
+def test_sources_can_be_written_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the quotes that a policy has."""
+    monkeypatch.setenv("HARDENING_DOCS_PAGES__CONNECT_SRC", "'self',https://login.example")
+    assert Settings(_env_file=None).docs_pages.connect_src == ("'self'", "https://login.example")
 
 
 def test_nothing_of_the_application_can_become_markup() -> None:
@@ -172,7 +178,7 @@ def test_self_hosted_files_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "cdn.jsdelivr.net" in hardened().get("/docs").text
     with pytest.raises(ConfigurationError, match=r"pip install 'fastapi-hardening\[docs\]'"):
-        hardened(docs_pages={"assets": "self-hosted"}).get("/docs")
+        hardened(docs_pages={"assets": "self-hosted"})
 
 
 # --- where ------------------------------------------------------------------------------------------------------------
@@ -195,14 +201,12 @@ def test_addresses_are_those_of_the_application() -> None:
 def test_pages_of_mounted_and_included_applications_are_replaced_too() -> None:
     """Each documents its own application, also when it was mounted after the first request."""
     app, child, late, included = FastAPI(), FastAPI(title="Child"), FastAPI(title="Late"), FastAPI(title="Included")
-    router = APIRouter()
-    router.mount("/deep", FastAPI(title="Deep"))
+    child.mount("/deep", FastAPI(title="Deep"))
     app.mount("/child", child)
     app.mount("/starlette", Starlette())
     app.include_router(included.router, prefix="/included")
-    app.include_router(router)
     client = hardened(app)
-    for path, title in (("/child", "Child"), ("/deep", "Deep"), ("/included", "Included")):
+    for path, title in (("/child", "Child"), ("/child/deep", "Deep"), ("/included", "Included")):
         assert strict(client.get(f"{path}/docs"))
         assert f"<title>{title} - Swagger UI</title>" in client.get(f"{path}/docs").text
     assert '"url": "/child/openapi.json"' in client.get("/child/docs").text
