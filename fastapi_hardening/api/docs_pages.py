@@ -27,9 +27,9 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, applications
 from fastapi.encoders import jsonable_encoder
-from fastapi.openapi.docs import get_swagger_ui_oauth2_redirect_html, swagger_ui_default_parameters
+from fastapi.openapi import docs
 from pydantic import field_validator
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -67,7 +67,7 @@ class Asset:
     """A file of a page.
 
     Attributes:
-        name: Its name in the extra's package, and below the page.
+        name: Its name in the extra's package.
         url: Where the same file is on the network.
         integrity: What a browser verifies it by.
         media_type: What it is.
@@ -109,7 +109,6 @@ _NO_LOGO = b"data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>"
 _REDOC_STYLES = (
     "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' 'sha256-QMIg+bpjm3JdElJ388KYke01izlUW0UoNOeKjpMxdgc='"
 )
-
 
 _PACKAGE = "fastapi-offline"
 
@@ -154,7 +153,7 @@ class Html:
     def swagger_ui(self, app: FastAPI, root_path: str, nonce: str) -> str:
         """The page of Swagger UI, with the parameters that the application gives to FastAPI."""
         options: dict[str, Any] = {"url": root_path + (app.openapi_url or "")}
-        options |= swagger_ui_default_parameters | (app.swagger_ui_parameters or {})
+        options |= docs.swagger_ui_default_parameters | (app.swagger_ui_parameters or {})
         if app.swagger_ui_oauth2_redirect_url:
             options["oauth2RedirectUrl"] = root_path + app.swagger_ui_oauth2_redirect_url
         script = f"const options = {_json(options)};\n"
@@ -186,7 +185,7 @@ class Html:
 
     def oauth2_redirect(self, nonce: str) -> str:
         """FastAPI's page to which a sign-in comes back."""
-        page = bytes(get_swagger_ui_oauth2_redirect_html().body).decode()
+        page = bytes(docs.get_swagger_ui_oauth2_redirect_html().body).decode()
         return page.replace("<script>", f'<script nonce="{nonce}">')
 
     def _source(self, attribute: str, asset: Asset) -> str:
@@ -280,14 +279,17 @@ def _name(route: Any) -> str:
     if getattr(endpoint, "__module__", None) != FastAPI.__module__ or not name.startswith(_OF_FASTAPI):
         return ""
     name = name.removeprefix(_OF_FASTAPI)
-    return name if name in _ASSETS_OF else ""
+    made_by = _MADE_BY.get(name)
+    # Applications put a function of their own in its place, to fetch the files from elsewhere.
+    return name if made_by and getattr(applications, made_by) is getattr(docs, made_by) else ""
 
 
-_ASSETS_OF: dict[str, tuple[Asset, ...]] = {
-    "swagger_ui_html": (SWAGGER_SCRIPT, SWAGGER_STYLE),
-    "redoc_html": (REDOC_SCRIPT,),
-    "swagger_ui_redirect": (),
+_MADE_BY = {
+    "swagger_ui_html": "get_swagger_ui_html",
+    "redoc_html": "get_redoc_html",
+    "swagger_ui_redirect": "get_swagger_ui_oauth2_redirect_html",
 }
+_ASSETS_OF = {"swagger_ui_html": (SWAGGER_SCRIPT, SWAGGER_STYLE), "redoc_html": (REDOC_SCRIPT,)}
 
 
 class _Page:
@@ -305,7 +307,7 @@ class _Page:
         self._app: FastAPI | None = inspect.getclosurevars(route.endpoint).nonlocals.get("self")
         self._name = name
         self._where = where
-        self._files = {} if where is None else {asset.name: asset for asset in _ASSETS_OF[name]}
+        self._files = {} if where is None else {asset.name: asset for asset in _ASSETS_OF.get(name, ())}
         self._html = Html(None if where is None else importlib.metadata.version(_PACKAGE))
         self._nonce = nonce
         self._enforce = enforce

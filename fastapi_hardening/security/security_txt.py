@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_hardening.core.check import CheckResult
 from fastapi_hardening.core.clock import Clock, SystemClock
-from fastapi_hardening.core.configuration import ConcernSettings
+from fastapi_hardening.core.configuration import ConcernSettings, from_json
 from fastapi_hardening.core.own_path import OwnPath
 
 logger = logging.getLogger("fastapi_hardening.security_txt")
@@ -76,6 +76,7 @@ class SecurityTxtSettings(ConcernSettings):
     @model_validator(mode="before")
     @classmethod
     def _is_on_with_a_contact(cls, values: Any) -> Any:
+        values = from_json(values) if isinstance(values, str) else values
         if isinstance(values, Mapping) and values.get("contact") and "enabled" not in values:
             return {**values, "enabled": True}
         return values

@@ -94,6 +94,7 @@ def test_a_contact_switches_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings().enabled
     assert not settings(enabled=False).enabled
     assert not SecurityTxtSettings().enabled
+    assert SecurityTxtSettings.model_validate(settings().model_dump_json(exclude={"enabled"})).enabled
     monkeypatch.setenv("HARDENING_SECURITY_TXT__CONTACT", ",".join(CONTACT))
     monkeypatch.setenv("HARDENING_SECURITY_TXT__EXPIRES", EXPIRES)
     assert Settings(_env_file=None).security_txt == settings()
