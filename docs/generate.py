@@ -7,12 +7,14 @@ the exit status is 1 when a block is stale.
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, SecretStr
+from pydantic import AwareDatetime, BaseModel, SecretStr
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from fastapi_hardening.core.sources import PREFIX
 from fastapi_hardening.handle import Slot
@@ -164,6 +166,8 @@ def _text(docstring: str | None) -> str:
 
 def _value(value: Any) -> str:
     """A default as one would write it in the environment."""
+    if value is PydanticUndefined:
+        return "required"
     if value is None or value in ("", (), {}):
         return "none"
     if isinstance(value, bool):
@@ -179,8 +183,10 @@ _KINDS: dict[Any, str] = {
     float: "number",
     str: "text",
     SecretStr: "secret",
+    AwareDatetime: "date and time with a time zone",
     tuple: "list",
     dict: "object in JSON",
+    Mapping: "object in JSON",
     type(None): "none",
 }
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
@@ -204,7 +210,7 @@ def _kinds(annotation: Any) -> Iterator[str]:
         yield " or ".join(f"`{choice}`" for choice in get_args(annotation))
     elif origin is Annotated:
         yield from _kinds(get_args(annotation)[0])
-    elif origin is not None and origin is not tuple:
+    elif origin in (Union, UnionType):
         for choice in get_args(annotation):
             yield from _kinds(choice)
     else:

@@ -28,7 +28,7 @@ from fastapi_hardening.security.auth.overrides import (
 from fastapi_hardening.security.cors import Cors
 from fastapi_hardening.security.rate_limit import RateLimit
 from fastapi_hardening.security.request_limits import RequestLimits
-from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders
+from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders, csp_nonce_context
 from fastapi_hardening.settings import Settings
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "SecurityHeaders",
     "Settings",
     "configure_logging",
+    "csp_nonce_context",
     "harden",
 ]
 

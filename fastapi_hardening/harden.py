@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastapi_hardening.api import errors
+from fastapi_hardening.api import docs_pages, errors
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError
@@ -33,15 +33,24 @@ from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_g
 from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware
 from fastapi_hardening.performance.fast_routing import FastRouting
 from fastapi_hardening.resilience.drain import DrainMiddleware
+from fastapi_hardening.security import csp_reports, security_txt
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.auth import openapi as auth_openapi
 from fastapi_hardening.security.auth.layer import AuthenticationMiddleware, check_routes, demand_again
 from fastapi_hardening.security.auth.overrides import require_permissions
 from fastapi_hardening.security.auth.rbac import PermissionsOf
 from fastapi_hardening.security.cors import CorsMiddleware, take_over
+from fastapi_hardening.security.csp_reports import CspReportsMiddleware
 from fastapi_hardening.security.rate_limit import RateLimitMiddleware
 from fastapi_hardening.security.request_limits import RequestLimitsMiddleware
-from fastapi_hardening.security.security_headers import HeaderPolicy, SecurityHeadersMiddleware
+from fastapi_hardening.security.security_headers import (
+    HeaderPolicy,
+    SecurityHeaders,
+    SecurityHeadersMiddleware,
+    SecurityHeadersSettings,
+    csp_nonce,
+)
+from fastapi_hardening.security.security_txt import SecurityTxtMiddleware
 from fastapi_hardening.settings import Settings
 
 logger = logging.getLogger("fastapi_hardening")
@@ -63,7 +72,7 @@ INBOUND: tuple[Slot, ...] = (
              clock=h.clock)),
     Slot("tracing", "tracing", "one server span"),
     Slot("security headers", "security_headers", "header fields that protect browsers, on every answer",
-         lambda h, app: SecurityHeadersMiddleware(app, h.settings.security_headers)),
+         lambda h, app: SecurityHeadersMiddleware(app, _header_settings(h))),
     Slot("CORS", "cors", "above everything that refuses, so that a browser may read the refusal",
          lambda h, app: CorsMiddleware(app, h.cors)),
     Slot("errors", "errors", "whatever is raised becomes a problem document",
@@ -78,6 +87,10 @@ INBOUND: tuple[Slot, ...] = (
              app, h.settings.request_limits, allowed_hosts=h.settings.allowed_hosts, clock=h.clock)),
     Slot("address limit", "address_limit", "flood guard by client address, without I/O",
          lambda h, app: AddressLimitMiddleware(app, h.settings.address_limit, clock=h.clock)),
+    Slot("security.txt", "security_txt", "whom to tell of a vulnerability",
+         lambda h, app: SecurityTxtMiddleware(app, h.settings.security_txt)),
+    Slot("CSP reports", "csp_reports", "takes and counts what browsers report of policies",
+         lambda h, app: CspReportsMiddleware(app, h.settings.csp_reports, events=h.events, clock=h.clock)),
     Slot("version", "versioning", "which version of the API is asked for"),
     Slot("authentication", "auth", "who calls, and whether the route lets them",
          lambda h, app: AuthenticationMiddleware(app, gate=h.auth)),
@@ -131,9 +144,9 @@ def harden(
         app, settings or Settings(), INBOUND, authenticators=authenticators, permissions_of=permissions_of, clock=clock
     )
     build, lifespan = app.build_middleware_stack, app.router.lifespan_context
+    adopt_all = _adopting(handle)
 
     def build_hardened_stack() -> ASGIApp:
-        adopt_all = _adopting(handle)
         adopt_all(handle.table.built())
         check_routes(handle.auth, handle.table)
         handle.table.on_rebuilt += [adopt_all, _telling_of_routes(handle)]
@@ -163,10 +176,20 @@ def harden(
     if handle.settings.errors.enabled and handle.settings.errors.format == "problem":
         errors.describe(app)  # now, for a document that is exported without serving; again when the stack is built
     auth_openapi.describe(app, handle.auth)
+    _introduce(handle)
     for key in handle.settings.without_effect():
         logger.warning("%s is set, but this concern is not built yet, so it has no effect", key)
     logger.info("hardened %s: %s", app.title, ", ".join(layer.name for layer in handle.pipeline if layer.state == "on"))
     return handle
+
+
+def _introduce(handle: Hardening) -> None:
+    """Has concerns that know nothing of metrics and health counted and checked."""
+    settings = handle.settings
+    if settings.csp_reports.enabled:
+        csp_reports.measure(handle.metrics.registry, handle.events)
+    if settings.security_txt.enabled:
+        handle.checks.add("security_txt", security_txt.check(settings.security_txt, handle.clock), critical=False)
 
 
 def _around(handle: Hardening, inner: ASGIApp, bare: ASGIApp) -> ASGIApp:
@@ -180,13 +203,19 @@ def _around(handle: Hardening, inner: ASGIApp, bare: ASGIApp) -> ASGIApp:
 
 
 def _adopting(handle: Hardening) -> Callable[[RouteTable], None]:
-    """Has every application of the tree answer errors alike; called again for what is mounted later."""
+    """Has every application of the tree answer errors alike, and show its documentation under the strict policy.
+
+    Called again for what is mounted later.
+    """
+    docs = handle.settings.docs_pages
+    policies = _docs_policies(docs) if docs.enabled else {}
 
     def adopt(table: RouteTable) -> None:
-        if handle.settings.errors.enabled:
-            for application in table.applications:
-                errors.install(application, handle.settings.errors)
         for application in table.applications:
+            if handle.settings.errors.enabled:
+                errors.install(application, handle.settings.errors)
+            if docs.enabled:
+                docs_pages.install(application, docs, nonce=csp_nonce, policies=policies)
             if not handle.auth.idle and isinstance(application, FastAPI):
                 auth_openapi.describe(application, handle.auth)
             _route(application, handle)
@@ -225,6 +254,28 @@ def _guard(handle: Hardening, guard: Guard) -> Guard:
     if permission is None or guard is allow_nobody:
         return guard
     return either(guard, require_permissions(permission, gate=handle.auth))
+
+
+def _docs_policies(docs: docs_pages.DocsPagesSettings) -> docs_pages.Policies:
+    """The header fields of each documentation page."""
+    strictly: dict[str, Any] = {"content_security_policy_report_only": None}
+    page = strictly | {"content_security_policy": docs_pages.policy(docs)}
+    redirect = strictly | {"content_security_policy": docs_pages.REDIRECT_POLICY}
+    fields = {
+        # A sign-in opens a window of another origin, and hears from it when it has come back.
+        "swagger_ui_html": SecurityHeaders(**page, cross_origin_opener_policy="same-origin-allow-popups"),
+        "swagger_ui_redirect": SecurityHeaders(**redirect, cross_origin_opener_policy=None),
+        "redoc_html": SecurityHeaders(**page),
+    }
+    return {name: override.after_routing for name, override in fields.items()}
+
+
+def _header_settings(handle: Hardening) -> SecurityHeadersSettings:
+    """The header fields, which tell browsers of the report route if there is one."""
+    headers, reports = handle.settings.security_headers, handle.settings.csp_reports
+    if not reports.enabled or headers.reporting_endpoint is not None:
+        return headers
+    return headers.model_copy(update={"reporting_endpoint": reports.path})
 
 
 def _probe_fields(handle: Hardening) -> Callable[[RawHeaders, Scope], RawHeaders]:

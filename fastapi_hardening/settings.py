@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, PrivateAttr, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from fastapi_hardening.api.docs_pages import DocsPagesSettings
 from fastapi_hardening.api.errors import ErrorsSettings
 from fastapi_hardening.core.client_ip import UNIX, parse_network
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
@@ -31,9 +32,11 @@ from fastapi_hardening.performance.fast_routing import RoutingSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.auth.settings import AuthSettings
 from fastapi_hardening.security.cors import CorsSettings
+from fastapi_hardening.security.csp_reports import CspReportsSettings
 from fastapi_hardening.security.rate_limit import RateLimitSettings
 from fastapi_hardening.security.request_limits import RequestLimitsSettings
 from fastapi_hardening.security.security_headers import SecurityHeadersSettings
+from fastapi_hardening.security.security_txt import SecurityTxtSettings
 
 
 class NotBuiltYet(ConcernSettings):
@@ -159,6 +162,12 @@ class Settings(BaseSettings):
     address_limit: AddressLimitSettings = AddressLimitSettings()
     """The flood guard by address."""
 
+    security_txt: SecurityTxtSettings = SecurityTxtSettings()
+    """Whom to tell of a vulnerability."""
+
+    csp_reports: CspReportsSettings = CspReportsSettings()
+    """What browsers report of policies."""
+
     versioning: NotBuiltYet = NotBuiltYet()
     """API versions; planned."""
 
@@ -185,6 +194,9 @@ class Settings(BaseSettings):
 
     timeout: NotBuiltYet = NotBuiltYet()
     """Deadlines of handlers; planned."""
+
+    docs_pages: DocsPagesSettings = DocsPagesSettings()
+    """The pages of the API's documentation."""
 
     routing: RoutingSettings = RoutingSettings()
     """How the router is called."""

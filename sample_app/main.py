@@ -1,6 +1,6 @@
 """The shop: start it with `uvicorn sample_app.main:app` and open `/`.
 
-Everything that hardens it is the one line `harden(app)`. The rest of this package is an ordinary FastAPI application.
+Everything that hardens it is the one line `harden(app, ...)`; the rest of this package is an ordinary application.
 """
 
 import logging
@@ -13,11 +13,17 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
-from fastapi_hardening import harden
+from fastapi_hardening import Settings, harden
 from sample_app import admin, basket, catalogue, orders, search, storefront, upload
 from sample_app.database import Database, default_database_url
 
 HERE = Path(__file__).parent
+# Write your own address and date; the health report warns before the date comes.
+SECURITY_TXT = {
+    "contact": ["mailto:security@shop.example"],
+    "expires": "2027-09-30T00:00:00Z",
+    "preferred_languages": ["en"],
+}
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +52,8 @@ def create_app(database_url: str | None = None, admin_token: str | None = None) 
     app.state.database = database
     app.state.admin_token = configured_token or secrets.token_urlsafe(24)
 
-    handle = harden(app)  # the one line; its settings come from HARDENING_* variables
+    # The one line; all other settings come from HARDENING_* variables.
+    handle = harden(app, Settings(csp_reports={"enabled": True}, security_txt=SECURITY_TXT))
 
     @handle.checks.add("database", critical=True)
     async def database_answers() -> None:

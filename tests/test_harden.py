@@ -23,8 +23,8 @@ from fastapi_hardening.harden import INBOUND
 
 ORDER = (
     "probes, request context, access log, metrics, tracing, security headers, CORS, errors, drain, load shedding, "
-    "request limits, address limit, version, authentication, tenancy, rate limit, input validation, idempotency, "
-    "compression, response cache"
+    "request limits, address limit, security.txt, CSP reports, version, authentication, tenancy, rate limit, "
+    "input validation, idempotency, compression, response cache"
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import fastapi_hardening
 
-OPTIONAL = ("redis", "httpx2", "argon2", "itsdangerous", "nh3", "rich")
+OPTIONAL = ("redis", "httpx2", "argon2", "itsdangerous", "nh3", "rich", "fastapi_offline")
 
 PUBLIC = [
     "Authorize",
@@ -33,6 +33,7 @@ PUBLIC = [
     "SecurityHeaders",
     "Settings",
     "configure_logging",
+    "csp_nonce_context",
     "harden",
 ]
 

@@ -206,7 +206,7 @@ def test_every_name_that_deployments_rely_on_is_known() -> None:
     concerns = (
         "request_id access_log metrics tracing security_headers cors errors load_shedding request_limits address_limit "
         "versioning auth tenancy rate_limit input_validation idempotency compression response_cache health timeout "
-        "routing"
+        "routing security_txt csp_reports docs_pages"
     )
     known = {value.key for value in Settings().describe()}
     assert known >= {*fixed.split(), *(f"{concern}.enabled" for concern in concerns.split())}

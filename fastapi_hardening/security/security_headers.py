@@ -23,8 +23,9 @@ Example:
 
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import secure
@@ -36,6 +37,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core import headers as header_fields
 from fastapi_hardening.core.configuration import ConcernSettings, did_you_mean
+from fastapi_hardening.core.csp import DIRECTIVES
 from fastapi_hardening.core.policy import Override, mark_handled
 from fastapi_hardening.core.routes import route_of
 
@@ -87,6 +89,9 @@ _REFERRER_POLICIES = (
 _HSTS = re.compile(r"max-age=(\d+)(; includeSubDomains)?(; preload)?")
 _YEAR_SECONDS = 31_536_000
 
+# No character that ends a directive of the policy, or the text in the field that names the endpoint.
+_ENDPOINT = re.compile(r"(?:/(?!/)|https://)[^\s,;\"\\\x00-\x1f\x7f-\U0010ffff]*")
+
 
 class SecurityHeadersSettings(ConcernSettings):
     """The header fields by their names; ``None`` (or an empty text) leaves a field out."""
@@ -102,6 +107,10 @@ class SecurityHeadersSettings(ConcernSettings):
 
     api_content_security_policy: Text = "default-src 'none'; frame-ancestors 'none'"
     """On every answer that is not HTML, enforced."""
+
+    reporting_endpoint: Text = None
+    """Where browsers report what the two policies of HTML block: a path of this site, or an ``https`` URL. With
+    ``csp_reports.enabled`` it is the path of those reports, unless it is set."""
 
     x_frame_options: OneOf[Literal["DENY", "SAMEORIGIN"]] = "DENY"
     """For browsers that do not know ``frame-ancestors``."""
@@ -170,6 +179,13 @@ class SecurityHeadersSettings(ConcernSettings):
         if preload and (int(seconds) < _YEAR_SECONDS or not subdomains):
             raise ValueError("preload lists take a policy of at least a year (31536000 s) with includeSubDomains only")
         return text
+
+    @field_validator("reporting_endpoint")
+    @classmethod
+    def _is_an_endpoint(cls, url: str | None) -> str | None:
+        if url is not None and not _ENDPOINT.fullmatch(url):
+            raise ValueError(f"{url!r} is neither a path of this site, such as '/csp-reports', nor an https URL")
+        return url
 
     @model_validator(mode="after")
     def _can_be_sent(self) -> Self:
@@ -293,12 +309,17 @@ def _build(settings: SecurityHeadersSettings, *, html: bool, tls: bool) -> Heade
                 builders.append(build(text))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+    endpoint = settings.reporting_endpoint if html else None
     csp = settings.content_security_policy if html else settings.api_content_security_policy
+    # Browsers take named endpoints over TLS only, and where a policy names one pass over the older `report-uri`.
+    reporting = {} if endpoint is None else {"report-uri": endpoint} | ({"report-to": _ENDPOINT_NAME} if tls else {})
     if csp is not None:
-        builders.append(_csp("content_security_policy", csp))
+        builders.append(_csp("content_security_policy", csp, reporting))
     if html and settings.content_security_policy_report_only is not None:
         text = settings.content_security_policy_report_only
-        builders.append(_csp("content_security_policy_report_only", text).report_only())
+        builders.append(_csp("content_security_policy_report_only", text, reporting).report_only())
+    if "report-to" in reporting and (csp is not None or settings.content_security_policy_report_only is not None):
+        builders.append(secure.CustomHeader("Reporting-Endpoints", f'{_ENDPOINT_NAME}="{endpoint}"'))
     checked = secure.Secure(custom=builders).validate_and_normalize_headers(on_invalid="raise", strict=True)
     fields = tuple(
         header_fields.field(name, value.replace(_NEVER_A_NONCE, "{nonce}")) for name, value in checked.headers.items()
@@ -309,32 +330,31 @@ def _build(settings: SecurityHeadersSettings, *, html: bool, tls: bool) -> Heade
 # Browsers ignore these in a policy that only reports, and say so on the console of every page.
 _ENFORCED_ONLY = ("upgrade-insecure-requests", "sandbox")
 
+_REPORTING = frozenset({"report-to", "report-uri"})
+_ENDPOINT_NAME = "csp"
 
-def _csp(name: str, text: str) -> secure.ContentSecurityPolicy:
+
+def _csp(name: str, text: str, reporting: Mapping[str, str]) -> secure.ContentSecurityPolicy:
     """A policy taken apart and put together again, so that a misspelt directive is found here and not by nobody."""
     policy = secure.ContentSecurityPolicy()
+    directives = set()
     for part in text.replace("{nonce}", _NEVER_A_NONCE).split(";"):
         if not part.strip():
             continue
         directive, *sources = part.split()
         if directive in _ENFORCED_ONLY and name.endswith("report_only"):
             continue
-        if directive not in _DIRECTIVES.split():
-            raise ValueError(
-                f"{name}: {directive!r} is not a CSP directive{did_you_mean(directive, _DIRECTIVES.split())}"
-            )
+        if directive not in DIRECTIVES:
+            raise ValueError(f"{name}: {directive!r} is not a CSP directive{did_you_mean(directive, DIRECTIVES)}")
         try:
             policy.custom_directive(directive, *sources)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        directives.add(directive)
+    if directives.isdisjoint(_REPORTING):
+        for directive, where in reporting.items():
+            policy.custom_directive(directive, where)
     return policy
-
-
-_DIRECTIVES = (
-    "default-src script-src script-src-elem script-src-attr style-src style-src-elem style-src-attr img-src font-src "
-    "connect-src media-src object-src frame-src child-src worker-src manifest-src base-uri form-action "
-    "frame-ancestors sandbox report-to report-uri require-trusted-types-for trusted-types upgrade-insecure-requests"
-)
 
 
 def _with_nonce(headers: HeaderSet, nonce: str | None) -> HeaderSet:
@@ -444,10 +464,11 @@ class SecurityHeaders(Override):
         if SecurityHeadersMiddleware not in request_context.ensure(connection.scope).state:
             settings = SecurityHeadersSettings(**_ABSENT | self.changes)
             tls = request_context.ensure(connection.scope).secure
+            nonce = request_context.ensure(connection.scope).state.get(_Nonce)
             # What kind of answer it will be is not known here, so the policies of both are set where they are named.
-            fields = _build(settings, html=False, tls=tls).fields + _build(settings, html=True, tls=tls).fields
-            for name, value in fields:
-                response.headers[name.decode("ascii")] = value.decode("ascii")
+            for html in (False, True):
+                for name, value in _with_nonce(_build(settings, html=html, tls=tls), nonce).fields:
+                    response.headers[name.decode("ascii")] = value.decode("ascii")
 
     async def act_late(self, connection: HTTPConnection) -> None:
         """Tells the layer, which has not sent anything yet, of this override."""
@@ -472,3 +493,15 @@ def csp_nonce(connection: HTTPConnection) -> str:
 
 CspNonce = Annotated[str, Depends(csp_nonce)]
 """The nonce as a parameter: ``async def page(nonce: CspNonce)``, for ``<script nonce=...>`` in the page."""
+
+
+def csp_nonce_context(request: HTTPConnection) -> dict[str, Any]:
+    """A context processor for Jinja2: templates write ``<script nonce="{{ csp_nonce() }}">``.
+
+    The nonce is made where a template first calls for it, so pages without one can still be cached.
+
+    Example:
+        >>> from fastapi.templating import Jinja2Templates
+        >>> templates = Jinja2Templates("templates", context_processors=[csp_nonce_context])
+    """
+    return {"csp_nonce": partial(csp_nonce, request)}

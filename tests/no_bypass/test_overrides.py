@@ -193,7 +193,7 @@ def everywhere(tmp_path: Path) -> FastAPI:
         *ANSWERED_BEFORE,
         "GET /nowhere",
         "GET /page",
-        "GET /docs",
+        "GET /docs?asset=swagger-ui.css",
         "GET /openapi.json",
         *("GET " + prefix + path for prefix in ("/in", "/child", "/in/child") for path in ("/ok", "/boom", "/nowhere")),
         *("PUT " + prefix + "/ok" for prefix in ("/in", "/child", "/in/child")),

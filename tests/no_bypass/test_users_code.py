@@ -423,12 +423,12 @@ def test_probe_is_hardened(ask: Ask, hardened: Hardened, method: str, probe: str
 
 @pytest.mark.parametrize("page", ["/docs", "/redoc", "/docs/oauth2-redirect"])
 def test_documentation_page_is_hardened(ask: Ask, hardened: Hardened, page: str) -> None:
-    """FastAPI's own pages carry the id and the header fields for pages."""
+    """The pages of the documentation carry the id and the header fields, and a policy that is stricter than others."""
     app = make_app()
     harden(app)
     answer = ask(app, f"GET {page}")
     assert answer.status == 200
-    hardened(answer, html=True)
+    hardened(answer, docs=True)
 
 
 @pytest.mark.parametrize("asked", ["GET /direct/ok", "GET /livez", "GET /nowhere", "GET /direct/boom", "GET /docs"])
@@ -436,7 +436,7 @@ def test_tls_adds_hsts_once(ask: Ask, hardened: Hardened, asked: str) -> None:
     """Over TLS every answer says that the next one has to be, too; probes and errors as well."""
     app = make_app()
     harden(app)
-    hardened(ask(app, asked, scheme="https"), html=asked == "GET /docs", tls=True)
+    hardened(ask(app, asked, scheme="https"), docs=asked == "GET /docs", tls=True)
 
 
 @pytest.mark.parametrize(

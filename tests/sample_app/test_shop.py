@@ -379,3 +379,21 @@ async def test_workers_may_start_together(tmp_path: Path) -> None:
     await asyncio.gather(*(worker.open() for worker in workers))
     await asyncio.gather(*(worker.ping() for worker in workers))
     await asyncio.gather(*(worker.close() for worker in workers))
+
+
+async def test_who_finds_a_hole_knows_whom_to_tell(client: httpx2.AsyncClient) -> None:
+    """The file says whom, and until when that holds."""
+    answer = await client.get("/.well-known/security.txt")
+    assert answer.status_code == 200
+    assert answer.text.startswith("Contact: mailto:security@shop.example\nExpires: ")
+
+
+async def test_browsers_report_what_the_policy_of_the_page_blocks(client: httpx2.AsyncClient, shop: FastAPI) -> None:
+    """The page tells them where, and the shop counts it."""
+    page = await client.get("/")
+    assert "report-uri /.well-known/csp-reports" in page.headers["content-security-policy"]
+    report = {"csp-report": {"effective-directive": "script-src-elem", "blocked-uri": "inline"}}
+    media_type = {"Content-Type": "application/csp-report"}
+    answer = await client.post("/.well-known/csp-reports", content=json.dumps(report), headers=media_type)
+    assert answer.status_code == 204
+    assert b'hardening_csp_violations_total{directive="script-src-elem"' in shop.state.hardening.metrics.expose()

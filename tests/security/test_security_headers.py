@@ -1,17 +1,20 @@
 """The header fields: what is sent on which answer, who wins, and what cannot be configured."""
 
+import re
 from typing import Any
 
 import pytest
-from fastapi import APIRouter, FastAPI, WebSocket
+from fastapi import APIRouter, Depends, FastAPI, Request, WebSocket
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from fastapi.templating import Jinja2Templates
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import DictLoader, Environment
 from starlette.applications import Starlette
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 
-from fastapi_hardening import CspNonce, SecurityHeaders
+from fastapi_hardening import CspNonce, SecurityHeaders, csp_nonce_context
 from fastapi_hardening.security.security_headers import (
     STRICT_CSP,
     HeaderPolicy,
@@ -127,6 +130,25 @@ def test_the_nonce_stands_where_the_policy_has_its_place_and_the_answer_is_not_c
     assert [value for name, value in answer if name == b"cache-control"] == [b"no-store"]
 
 
+@pytest.mark.parametrize("tls", [True, False])
+def test_an_endpoint_is_told_in_both_policies_of_html(tls: bool) -> None:
+    """By its name only over TLS: elsewhere browsers would take neither the named endpoint nor the older way."""
+    fields = applied(HTML, tls=tls, reporting_endpoint="/reports")
+    policies = fields["content-security-policy"], fields["content-security-policy-report-only"]
+    assert all(policy.endswith("; report-uri /reports" + "; report-to csp" * tls) for policy in policies)
+    assert fields.get("reporting-endpoints") == ('csp="/reports"' if tls else None)
+    assert "report" not in "".join(applied(JSON, tls=tls, reporting_endpoint="/reports"))
+
+
+def test_an_endpoint_without_a_policy_is_not_told() -> None:
+    """And a policy that names its own keeps it."""
+    silent = {"content_security_policy": None, "content_security_policy_report_only": None}
+    assert "reporting-endpoints" not in applied(HTML, tls=True, reporting_endpoint="/reports", **silent)
+    policy = "img-src 'self'; report-uri https://their.example"
+    fields = applied(HTML, tls=True, reporting_endpoint="/reports", content_security_policy=policy)
+    assert fields["content-security-policy"] == policy
+
+
 @given(
     st.lists(
         st.tuples(
@@ -168,6 +190,10 @@ def test_no_field_of_the_application_is_lost_but_those_meant(
         ({"strict_transport_security": "maxage=1"}, "is not like 'max-age="),
         ({"strict_transport_security": "max-age=60; includeSubDomains; preload"}, "at least a year"),
         ({"strict_transport_security": "max-age=63072000; preload"}, "includeSubDomains only"),
+        ({"reporting_endpoint": "http://reports.example"}, "nor an https URL"),
+        ({"reporting_endpoint": "//reports.example"}, "nor an https URL"),
+        ({"reporting_endpoint": "/a; script-src *"}, "neither a path"),
+        ({"reporting_endpoint": '/a", evil="/b'}, "neither a path"),
         ({"x_frame_option": "DENY"}, "did you mean 'x_frame_options'"),
     ],
 )
@@ -340,3 +366,51 @@ def test_a_page_that_asks_for_a_nonce_gets_its_own_each_time() -> None:
     for answer in answers:
         assert f"'nonce-{answer.text}'" in answer.headers["content-security-policy"]
         assert answer.headers["cache-control"] == "no-store"
+
+
+def test_a_template_calls_for_the_nonce() -> None:
+    """It is made at the first call, so a page that does not call for it can be cached."""
+    pages = {
+        "with.html": "<script nonce='{{ csp_nonce() }}'></script><style nonce='{{ csp_nonce() }}'></style>",
+        "without.html": "<p>Hello</p>",
+    }
+    templates = Jinja2Templates(
+        env=Environment(loader=DictLoader(pages), autoescape=True), context_processors=[csp_nonce_context]
+    )
+    app = fastapi_app(content_security_policy=STRICT_CSP)
+
+    @app.get("/{name}")
+    async def page(request: Request, name: str) -> HTMLResponse:
+        return templates.TemplateResponse(request, name)
+
+    client = TestClient(app)
+    answers = [client.get("/with.html") for _ in range(2)]
+    assert answers[0].text != answers[1].text
+    for answer in answers:
+        first, second = re.findall("nonce='([^']*)'", answer.text)
+        assert first == second
+        assert f"script-src 'self' 'nonce-{first}'" in answer.headers["content-security-policy"]
+        assert answer.headers["cache-control"] == "no-store"
+    without = client.get("/without.html").headers
+    assert "nonce" not in without["content-security-policy"]
+    assert "cache-control" not in without
+
+
+def test_without_the_layer_an_override_knows_the_nonce() -> None:
+    """Where the page has asked for it before."""
+    app = FastAPI()
+    strictly = SecurityHeaders(content_security_policy="script-src 'nonce-{nonce}'")
+
+    async def ask(nonce: CspNonce) -> str:
+        return nonce
+
+    @app.get("/page", dependencies=[Depends(ask), strictly])
+    async def page(nonce: CspNonce) -> str:
+        return nonce
+
+    @app.get("/plain", dependencies=[strictly])
+    async def plain() -> None: ...
+
+    answer = TestClient(app).get("/page")
+    assert answer.headers["content-security-policy"] == f"script-src 'nonce-{answer.json()}'"
+    assert TestClient(app).get("/plain").headers["content-security-policy"] == "script-src"
