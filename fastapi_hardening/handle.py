@@ -136,7 +136,12 @@ class Hardening:
     def _shared_store(self, url: str, clock: Clock | None) -> StateStore:
         """A store on another machine, with its health check and its metric; a clock is handed on for tests only."""
         store = RedisStore(
-            url, prefix=self.service_name, workers=self.settings.workers, events=self.events, clock=clock
+            url,
+            prefix=self.service_name,
+            workers=self.settings.workers,
+            budget_seconds=self.settings.state_budget_seconds,
+            events=self.events,
+            clock=clock,
         )
         up = Gauge(
             "hardening_state_store_up",

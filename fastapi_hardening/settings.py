@@ -135,6 +135,9 @@ class Settings(BaseSettings):
     """A Redis or Valkey that all workers share, such as ``redis://:password@host:6379/0``. Unset, state is kept in
     memory, by each process for itself."""
 
+    state_budget_seconds: float = Field(0.1, gt=0, le=5)
+    """How long a request may be kept waiting by that store, all in all; then it is answered without."""
+
     workers: int = Field(1, ge=1)
     """How many processes serve: a shared limit is divided by it when the shared store is gone and has not said how many
     there are."""

@@ -40,8 +40,11 @@ logger = logging.getLogger("fastapi_hardening.store")
 BUDGET_SECONDS = 0.1
 """How long a request may be kept waiting by the store."""
 
-HEARTBEAT_SECONDS = 5.0
-"""How often each worker says that it is there; one that says nothing three times is no longer counted."""
+HEARTBEAT_SECONDS = 1.0
+"""How often each worker says that it is there, and learns who else is."""
+
+WORKER_LIFETIME_SECONDS = 10.0
+"""For so long a worker counts that says nothing."""
 
 # So many round trips are under way at once; what is asked meanwhile goes with the next.
 _LANES = 2
@@ -96,7 +99,7 @@ class RedisStore:
         # A prefix without braces, which mean something in the keys of a cluster.
         self._prefix = re.sub(r"[^\w.-]+", "-", prefix)
         self._clock = clock
-        self._state = _State(self.where, budget_seconds, workers, events)
+        self._state = _State(self.where, budget_seconds, workers, events or Events())
         self._links: dict[asyncio.AbstractEventLoop, _Link] = {}
         self._link: _Link | None = None
 
@@ -214,7 +217,7 @@ def _milliseconds(seconds: float) -> int:
 class _State:
     """Whether a store answers, and what all connections of a process know about it."""
 
-    def __init__(self, where: str, budget_seconds: float, workers: int, events: Events | None) -> None:
+    def __init__(self, where: str, budget_seconds: float, workers: int, events: Events) -> None:
         self.budget_seconds = budget_seconds
         self.workers = workers
         self.available = True
@@ -245,18 +248,18 @@ class _State:
             self.reason = reason
             self._failed_at = time.monotonic()
             logger.warning("the shared store at %s is gone: %s", self._where, reason)
-            if self._events is not None:
-                self._events.emit(StoreFailed(reason))
+            self._events.emit(StoreFailed(reason))
         return StoreUnavailable(reason)
 
     def answered(self, workers: int) -> None:
         """Notes that the store has taken a heartbeat, and how many workers it knows."""
-        self.workers = workers
+        if workers != self.workers:
+            logger.info("%d workers share the store at %s", workers, self._where)
+            self.workers = workers
         if not self.available:
             self.available = True
             logger.info("the shared store at %s is back after %.1f s", self._where, self.failing_seconds)
-            if self._events is not None:
-                self._events.emit(StoreRecovered(self.failing_seconds))
+            self._events.emit(StoreRecovered(self.failing_seconds))
 
 
 class _Batch:
@@ -264,13 +267,14 @@ class _Batch:
 
     __slots__ = ("answers", "commands", "deadline", "expired", "task", "timer")
 
+    task: asyncio.Task[list[Any]]
+    timer: asyncio.TimerHandle
+
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
         self.commands: list[Command] = []
         self.answers: list[asyncio.Future[Any]] = []
         self.expired = False
-        self.task: asyncio.Task[list[Any]] | None = None
-        self.timer: asyncio.TimerHandle | None = None
 
 
 class _Link:
@@ -292,8 +296,7 @@ class _Link:
         self._waiting: _Batch | None = None
         self._under_way: set[_Batch] = set()
         self._trouble = asyncio.Event()
-        # Three beats may be missed: what is not renewed by then is not there.
-        self._beat = ("EVALSHA", BEAT_DIGEST, 1, workers_key, self.worker, round(3000 * HEARTBEAT_SECONDS))
+        self._beat = ("EVALSHA", BEAT_DIGEST, 1, workers_key, self.worker, _milliseconds(WORKER_LIFETIME_SECONDS))
         self._keeper = loop.create_task(self._keep(), name="heartbeat of the shared store")
 
     def ask(self, command: Command) -> "asyncio.Future[Any]":
@@ -326,15 +329,14 @@ class _Link:
         """Ends a batch that is late; not yet if it is this process that was busy, and the replies may lie here."""
         if grace and self.loop.time() > batch.deadline + grace:
             batch.timer = self.loop.call_later(grace, self._expire, batch, 0)
-        elif batch.task is not None:
+        else:
             batch.expired = True
             batch.task.cancel()
 
     def _sent(self, batch: _Batch, task: "asyncio.Task[list[Any]]") -> None:
         """Hands out the replies, or says that there are none."""
         self._under_way.discard(batch)
-        if batch.timer is not None:
-            batch.timer.cancel()
+        batch.timer.cancel()
         if task.cancelled() and not batch.expired:
             for answer in batch.answers:  # the event loop ends
                 answer.cancel()

@@ -360,6 +360,23 @@ def test_a_store_serves_one_event_loop_after_another(state_url: str, prefix: str
     assert store._link is None
 
 
+def test_a_store_may_be_closed_that_was_never_opened_or_by_another_loop(state_url: str, prefix: str) -> None:
+    """Each event loop closes its own."""
+    store = RedisStore(state_url, prefix=prefix, budget_seconds=20)
+
+    async def use() -> None:
+        await store.close()
+        await store.spend("k", (LOGIN, 1))
+        await asyncio.to_thread(asyncio.run, store.spend("k", (LOGIN, 1)))
+        assert len(store._links) == 1
+        assert [d.remaining for d in await store.spend("k", (LOGIN, 1))] == [2]
+        check = store.check()
+        assert (check.status, check.unit) == ("pass", "workers")
+        await store.close()
+
+    asyncio.run(use())
+
+
 async def _until_it_knows(workers: int, store: RedisStore) -> None:
     while store.workers != workers:
         await store.get("anything")  # one round trip later the heartbeat has had its answer, too
@@ -453,6 +470,46 @@ def test_those_who_wait_for_a_lane_are_told_with_those_who_are_under_way(state_s
         assert decision.remaining <= 4
 
     run(use, server.url, budget_seconds=1)
+
+
+def test_a_loop_that_was_busy_is_not_taken_for_a_server_that_is_slow(state_server: StartServer) -> None:
+    """What arrived while something else kept the process busy is still taken."""
+    server = state_server()
+
+    async def use(watched: Watched) -> None:
+        await watched.store.spend("k", (LOGIN, 1))
+        watched.store._state.budget_seconds = 0.1
+        server.tell(signal.SIGSTOP)
+        asked = asyncio.create_task(watched.store.spend("k", (LOGIN, 1)))
+        loop = asyncio.get_running_loop()
+        for _ in range(10):
+            await asyncio.sleep(0)  # it is sent meanwhile
+        server.tell(signal.SIGCONT)
+        busy_until = loop.time() + 0.3
+        while loop.time() < busy_until:
+            pass
+        assert [d.remaining for d in await asked] == [3]
+        assert watched.seen == []
+
+    run(use, server.url)
+
+
+def test_what_is_under_way_when_the_loop_ends_is_cancelled(state_server: StartServer) -> None:
+    """Nobody waits for it any more, and nothing is left open."""
+    server = state_server()
+    store = RedisStore(server.url, budget_seconds=20)
+
+    async def ask_and_leave() -> "asyncio.Future[Any]":
+        await store.spend("k", (LOGIN, 1))
+        server.tell(signal.SIGSTOP)
+        answer = store._here().ask(("PING",))
+        for _ in range(10):
+            await asyncio.sleep(0)  # it is sent meanwhile
+        return answer
+
+    assert asyncio.run(ask_and_leave()).cancelled()
+    assert store.available
+    assert not store._links
 
 
 def test_a_server_that_is_killed_and_started_again_is_found_again(state_server: StartServer) -> None:
