@@ -85,18 +85,19 @@ function decide.s(state, quota, window, cost)
     2 * window - elapsed
 end
 
-local answer, writes, all, at = {}, {}, true, 2
+-- A key has a text of its own: its cost, the letter of the strategy, and quota and window of each limit.
+local answer, writes, all = {}, {}, true
 for number, key in ipairs(KEYS) do
-  local cost, strategy, limits = tonumber(ARGV[at]), ARGV[at + 1], tonumber(ARGV[at + 2])
-  at = at + 3
-  local states, lifetime = {}, 0
+  local cost, strategy, numbers = string.match(ARGV[number + 1], '^(%d+) (%a)(.*)$')
+  cost = tonumber(cost)
+  local states, lifetime, limits = {}, 0, 0
   for state in string.gmatch(redis.call('GET', key) or '', '[^;]+') do states[#states + 1] = state end
-  for each = 1, limits do
+  for quota, window in string.gmatch(numbers, '(%d+) (%d+)') do
+    limits = limits + 1
     local allowed, remaining, following, retry, reset, state, life =
-      decide[strategy](states[each], tonumber(ARGV[at]), tonumber(ARGV[at + 1]), cost)
-    at = at + 2
+      decide[strategy](states[limits], tonumber(quota), tonumber(window), cost)
     all = all and allowed
-    states[each] = state
+    states[limits] = state
     lifetime = math.max(lifetime, life)
     answer[#answer + 1] =
       string.format('%d %d %.17g %.17g %.17g', allowed and 1 or 0, remaining, following, retry, reset)

@@ -142,8 +142,7 @@ class RedisStore:
         # The braces make all keys of a decision live on one node of a cluster.
         command += [self._key(f"{{limit:{key}}}:{limits.id}") for limits, _ in charges]
         command.append("" if self._clock is None else repr(self._clock.monotonic()))
-        for limits, cost in charges:
-            command += (cost, *limits.arguments)
+        command += [f"{cost} {limits.text}" for limits, cost in charges]
         fields = (await self._here().ask(tuple(command))).split()
         return [
             Decision(allowed == b"1", int(remaining), float(following), float(retry), float(reset))

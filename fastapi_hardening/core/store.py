@@ -56,19 +56,17 @@ class SharedLimits:
 
     Attributes:
         id: A short form of all three: whoever changes a limit starts it anew.
-        arguments: What a script needs to know, in the order in which it reads it.
+        text: What a script needs to know: the letter of the strategy, quota and window of each limit.
     """
 
-    __slots__ = ("arguments", "id", "limits", "name", "strategy")
+    __slots__ = ("id", "limits", "name", "strategy", "text")
 
     def __init__(self, name: str, limits: tuple[Limit, ...], strategy: Strategy) -> None:
         self.name = name
         self.limits = limits
         self.strategy: Strategy = strategy
-        numbers = [number for limit in limits for number in (limit.quota, limit.window_seconds)]
-        text = repr((name, strategy, numbers))
-        self.id = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
-        self.arguments: tuple[str | int, ...] = (strategy[0], len(limits), *numbers)
+        self.text = " ".join([strategy[0], *(f"{limit.quota} {limit.window_seconds}" for limit in limits)])
+        self.id = hashlib.blake2b(f"{self.text} {name}".encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
 
 
 class SharedCounters(Protocol):
