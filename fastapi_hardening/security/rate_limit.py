@@ -111,7 +111,7 @@ class LimitUnknown(Problem):
 
     status = 503
     type = IANA + "temporary-reduced-capacity"
-    title = "Temporary reduced capacity"
+    title = "Temporarily reduced capacity"
 
 
 # --- engine -----------------------------------------------------------------------------------------------------------
