@@ -23,6 +23,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import Context
 from typing import Any
 
 from fastapi_hardening.core.check import CheckResult
@@ -296,7 +297,8 @@ class _Link:
         self._under_way: set[_Batch] = set()
         self._trouble = asyncio.Event()
         self._beat = ("EVALSHA", BEAT_DIGEST, 1, workers_key, self.worker, _milliseconds(WORKER_LIFETIME_SECONDS))
-        self._keeper = loop.create_task(self._keep(), name="heartbeat of the shared store")
+        # In a context of its own: it outlives the request that happens to begin it.
+        self._keeper = loop.create_task(self._keep(), name="heartbeat of the shared store", context=Context())
 
     def ask(self, command: Command) -> "asyncio.Future[Any]":
         """Has a command sent with what else is asked in this turn of the event loop; gives its reply to come."""
