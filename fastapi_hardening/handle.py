@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from fastapi import FastAPI
+from prometheus_client import Gauge
 from starlette.types import ASGIApp
 
 from fastapi_hardening.core.check import CheckResult, Checks
@@ -13,8 +14,9 @@ from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.identity import Authenticator
 from fastapi_hardening.core.lifecycle import Lifecycle
+from fastapi_hardening.core.redis_store import RedisStore
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
-from fastapi_hardening.core.store import MemoryStore, StateStore
+from fastapi_hardening.core.store import MemoryStore, StateStore, StoreFailed, StoreRecovered
 from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.security.auth.gate import Gate
 from fastapi_hardening.security.auth.keys import RemoteKeys
@@ -88,7 +90,7 @@ class Hardening:
         events: Facts that concerns tell; subscribe to them.
         checks: Health checks; add your own.
         metrics: What is recorded; add your own series and functions.
-        store: Where shared state is kept.
+        store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
         client_addresses: Finds the client's address.
@@ -133,6 +135,8 @@ class Hardening:
             clock=self.clock,
         )
         self.store = MemoryStore(clock=self.clock)
+        if settings.state_url is not None:
+            self.store = self._shared_store(settings.state_url.get_secret_value(), clock)
         self.auth = Gate(
             settings.auth,
             authenticators,
@@ -154,6 +158,28 @@ class Hardening:
         self.checks.add("client_address", self._client_address, critical=False)
         if isinstance(self.auth.keys, RemoteKeys):
             self.checks.add("issuer_keys", self.auth.keys.check, critical=False)
+
+    def _shared_store(self, url: str, clock: Clock | None) -> StateStore:
+        """A store on another machine, with its health check and its metric; a clock is handed on for tests only."""
+        store = RedisStore(
+            url,
+            prefix=self.service_name,
+            workers=self.settings.workers,
+            budget_seconds=self.settings.state_budget_seconds,
+            events=self.events,
+            clock=clock,
+        )
+        up = Gauge(
+            "hardening_state_store_up",
+            "Whether the shared store answers.",
+            registry=self.metrics.registry,
+            multiprocess_mode="livemin",
+        )
+        up.set(1)
+        self.events.subscribe(StoreFailed, lambda _event: up.set(0))
+        self.events.subscribe(StoreRecovered, lambda _event: up.set(1))
+        self.checks.add("state_store", store.check, critical=False)
+        return store
 
     @property
     def pipeline(self) -> tuple[Layer, ...]:

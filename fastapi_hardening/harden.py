@@ -96,7 +96,7 @@ INBOUND: tuple[Slot, ...] = (
          lambda h, app: AuthenticationMiddleware(app, gate=h.auth)),
     Slot("tenancy", "tenancy", "whose data it is about"),
     Slot("rate limit", "rate_limit", "limits by client and route; by identity, plan and tenant once they are known",
-         lambda h, app: RateLimitMiddleware(app, h.settings.rate_limit, clock=h.clock)),
+         lambda h, app: RateLimitMiddleware(app, h.settings.rate_limit, clock=h.clock, store=h.store)),
     Slot("input validation", "input_validation", "inspects content"),
     Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
     Slot("compression", "compression", "compresses answers"),
@@ -166,9 +166,13 @@ def harden(
         # Without the drain layer nothing would tell clients, so the server is not kept waiting either.
         drains = handle.settings.health.enabled
         with handle.lifecycle.on_sigterm() if drains else nullcontext():
-            async with lifespan(application) as state:
-                handle.lifecycle.finish("lifespan")
-                yield state
+            await handle.store.open()
+            try:
+                async with lifespan(application) as state:
+                    handle.lifecycle.finish("lifespan")
+                    yield state
+            finally:
+                await handle.store.close()
 
     _route(app, handle)
     app.build_middleware_stack = build_hardened_stack  # type: ignore[method-assign]

@@ -22,6 +22,7 @@ from fastapi_hardening.api.docs_pages import DocsPagesSettings
 from fastapi_hardening.api.errors import ErrorsSettings
 from fastapi_hardening.core.client_ip import UNIX, parse_network
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
+from fastapi_hardening.core.redis_address import read_address
 from fastapi_hardening.core.request_head import checked_host
 from fastapi_hardening.core.sources import Key, Profiles, gather, sentence
 from fastapi_hardening.observability.access_log import AccessLogSettings
@@ -115,10 +116,15 @@ class Settings(BaseSettings):
     """How this service calls itself in reports and traces; the application's title if unset."""
 
     state_url: SecretStr | None = None
-    """A Redis or Valkey that all workers share; planned. Unset, state is kept in memory, by each process for itself."""
+    """A Redis or Valkey that all workers share, such as ``redis://:password@host:6379/0``. Unset, state is kept in
+    memory, by each process for itself."""
+
+    state_budget_seconds: float = Field(0.1, gt=0, le=5)
+    """How long a request may be kept waiting by that store, all in all; then it is answered without."""
 
     workers: int = Field(1, ge=1)
-    """How many processes serve; a shared limit is divided by it when the shared store is gone."""
+    """How many processes serve: a shared limit is divided by it when the shared store is gone and has not said how many
+    there are."""
 
     trusted_proxies: tuple[str, ...] = ()
     """Addresses and networks of your own proxies, and ``unix`` for sockets: whose forwarding headers are believed."""
@@ -248,9 +254,9 @@ class Settings(BaseSettings):
 
     @field_validator("state_url")
     @classmethod
-    def _has_a_store(cls, url: SecretStr | None) -> SecretStr | None:
+    def _leads_to_a_store(cls, url: SecretStr | None) -> SecretStr | None:
         if url is not None:
-            raise ValueError("the shared store is not built yet (see the changelog); leave it out for now")
+            read_address(url.get_secret_value())
         return url
 
     def without_effect(self) -> tuple[str, ...]:

@@ -1,8 +1,13 @@
-"""What every test relies on: no settings of the machine it runs on."""
+"""What every test relies on: no settings of the machine it runs on, and a real server for shared state."""
 
 import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.state_server import StateServer
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +16,34 @@ def no_settings_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.upper().startswith("HARDENING_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def state_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Give the URL of a Redis or Valkey that all tests share: ``REDIS_URL``, or a server that is started for them."""
+    if url := os.environ.get("REDIS_URL"):
+        yield url
+        return
+    server = StateServer(tmp_path_factory.mktemp("state")).start()
+    yield server.url
+    server.kill()
+
+
+@pytest.fixture
+def prefix() -> str:
+    """Give a test keys of its own on the server that all share."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def state_server(tmp_path: Path) -> Iterator[Callable[..., StateServer]]:
+    """Give a function that starts a server for one test, which may kill it."""
+    servers: list[StateServer] = []
+
+    def start(*options: str, port: int | None = None) -> StateServer:
+        servers.append(StateServer(tmp_path, *options, port=port))
+        return servers[-1].start()
+
+    yield start
+    for server in servers:
+        server.kill()

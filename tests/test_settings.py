@@ -176,7 +176,7 @@ def test_all_mistakes_are_said_at_once_each_with_its_source(monkeypatch: Environ
         ({"request_id": {"header": "X Request"}}, "not a header name"),
         ({"workers": 0}, "workers: Input should be greater than or equal to 1"),
         ({"tracing": {"enabled": True}}, "tracing: this concern is not built yet"),
-        ({"state_url": "redis://user:secret@host"}, "state_url: the shared store is not built yet"),
+        ({"state_url": "http://user:secret@host"}, "state_url: begins with redis://, rediss:// (TLS)"),
         ({"nonsense": 1}, "nonsense: unknown key; known are access_log,"),
     ],
 )

@@ -3,19 +3,114 @@
 A limiter that forgets its debtors when memory is full can be flooded into forgiving them. So the memory here never
 evicts what is still alive: it drops only what has expired, and when everything is alive it says no, and the caller
 falls back to something stricter (the limiter: one shared overflow bucket).
+
+A store on another machine can be gone. Then it says :class:`StoreUnavailable` at once, and every concern has an answer
+to that: a limit goes on in memory, a cache is empty.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from fastapi_hardening.core.clock import Clock, SystemClock
+from fastapi_hardening.core.window import Decision, Limit, Strategy
 
 V = TypeVar("V")
 
 
+class StoreUnavailable(Exception):  # noqa: N818 - named as problems are, by what happened
+    """The shared store did not answer in time, or cannot do what it was asked; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFailed:
+    """The shared store is no longer asked, until it answers again.
+
+    Attributes:
+        reason: What it said, or that it said nothing.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreRecovered:
+    """The shared store answers again.
+
+    Attributes:
+        seconds: How long it was not asked.
+    """
+
+    seconds: float
+
+
+class SharedLimits:
+    """Limits that all workers count together, under one name.
+
+    Args:
+        name: What tells this budget from others of the service; the same in every worker.
+        limits: The limits, all of which hold.
+        strategy: How they are counted.
+
+    Attributes:
+        id: A short form of all three: whoever changes a limit starts it anew.
+        text: What a script needs to know: the letter of the strategy, quota and window of each limit.
+    """
+
+    __slots__ = ("id", "limits", "name", "strategy", "text")
+
+    def __init__(self, name: str, limits: tuple[Limit, ...], strategy: Strategy) -> None:
+        self.name = name
+        self.limits = limits
+        self.strategy: Strategy = strategy
+        self.text = " ".join([strategy[0], *(f"{limit.quota} {limit.window_seconds}" for limit in limits)])
+        self.id = hashlib.blake2b(f"{self.text} {name}".encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+
+
+class SharedCounters(Protocol):
+    """Limits that are counted in one place for all workers."""
+
+    @property
+    def workers(self) -> int:
+        """How many processes share them."""
+        ...
+
+    async def spend(self, key: str, *charges: tuple[SharedLimits, int]) -> list[Decision]:
+        """Spends units of a key, of all these limits or of none; one round trip.
+
+        Args:
+            key: Whose units they are.
+            charges: Limits, each with the units that it is asked for; 0 only looks.
+
+        Returns:
+            A decision for every limit, in their order, as :class:`~fastapi_hardening.core.window.Limiter` makes it.
+
+        Raises:
+            StoreUnavailable: There is no answer within the time that the store has.
+        """
+        ...
+
+
 class StateStore(Protocol):
-    """Values by key, each with a time to live. Every method may be one round trip to another machine."""
+    """Values by key, each with a time to live. Every method may be one round trip to another machine.
+
+    Where it is on another machine, every method may raise :class:`StoreUnavailable`.
+    """
+
+    @property
+    def counters(self) -> SharedCounters | None:
+        """What counts limits for all workers; ``None`` where each process counts for itself."""
+        ...
+
+    async def open(self) -> None:
+        """Begins to look after the connection, if there is one; otherwise that begins with the first use."""
+        ...
+
+    async def close(self) -> None:
+        """Gives back what the store holds; it opens again when it is used again."""
+        ...
 
     async def get(self, key: str) -> bytes | None:
         """The value, or ``None`` when there is none or it has expired."""
@@ -108,6 +203,13 @@ class MemoryStore:
 
     def __init__(self, max_keys: int = 100_000, *, clock: Clock | None = None) -> None:
         self._values: BoundedMap[bytes] = BoundedMap(max_keys, clock=clock)
+        self.counters: SharedCounters | None = None
+
+    async def open(self) -> None:
+        """Nothing has to be opened."""
+
+    async def close(self) -> None:
+        """Nothing has to be closed; what is stored stays."""
 
     async def get(self, key: str) -> bytes | None:
         """The value, or ``None`` when there is none or it has expired."""

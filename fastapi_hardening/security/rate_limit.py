@@ -25,7 +25,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Hashable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from fastapi import Response
 from pydantic import Field, field_validator
@@ -38,12 +38,14 @@ from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConcernSettings
 from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.policy import Override, mark_handled
-from fastapi_hardening.core.problem import IANA, Problem, refuse, tell
-from fastapi_hardening.core.routes import route_of
+from fastapi_hardening.core.problem import IANA, Problem, refuse, retry_after, tell
+from fastapi_hardening.core.routes import route_of, table_of
+from fastapi_hardening.core.store import SharedCounters, SharedLimits, StateStore, StoreUnavailable
 from fastapi_hardening.core.window import Decision, Limit, Limiter, Strategy, parse_limits
 
 Key = str | Callable[[HTTPConnection], str | None] | Callable[[HTTPConnection], Awaitable[str | None]]
 Cost = int | Callable[[HTTPConnection], int]
+OnStoreFailure = Literal["rescue", "allow", "refuse"]
 
 _STARTS = frozenset({"http.response.start", "websocket.http.response.start"})
 _POLICY, _STATE = b"ratelimit-policy", b"ratelimit"
@@ -73,8 +75,12 @@ class RateLimitSettings(ConcernSettings):
     headers: bool = True
     """Whether limited answers carry ``RateLimit`` and ``RateLimit-Policy``."""
 
+    on_store_failure: OnStoreFailure = "rescue"
+    """What holds while the shared store is gone: ``rescue`` counts in memory, each worker its share of the limit;
+    ``allow`` lets everything pass; ``refuse`` answers 503."""
+
     concurrent: int | None = Field(None, ge=1)
-    """So many requests of one client may be served at the same time; any number if unset."""
+    """So many requests of one client may be served at the same time by one worker; any number if unset."""
 
     report_only: bool = False
     """Whether refusals are only logged and counted."""
@@ -98,6 +104,14 @@ class RateLimited(Problem):
     status = 429
     type = IANA + "quota-exceeded"
     title = "Quota exceeded"
+
+
+class LimitUnknown(Problem):
+    """The shared store is gone, and the limit is one that is not to be exceeded even then."""
+
+    status = 503
+    type = IANA + "temporary-reduced-capacity"
+    title = "Temporarily reduced capacity"
 
 
 # --- engine -----------------------------------------------------------------------------------------------------------
@@ -146,6 +160,10 @@ class Budget:
             return [limiter.hit(key, cost) for limiter in self._limiters]
         return looks
 
+    async def spend(self, key: str, cost: int = 1) -> list[Decision]:
+        """The same, wherever the units are counted."""
+        return self.hit(key, cost)
+
     def state(self, decisions: list[Decision]) -> bytes:
         """The ``RateLimit`` field: of each policy what remains, and the seconds until there is more."""
         if self._one is not None:
@@ -156,7 +174,7 @@ class Budget:
             for name, decision in zip(self._quoted, decisions, strict=True)
         ).encode("ascii")
 
-    def problem(self, decisions: list[Decision]) -> RateLimited:
+    def problem(self, decisions: list[Decision]) -> Problem:
         """The refusal: which policies are violated, and when the same request would pass."""
         refusals = [(limit, each) for limit, each in zip(self.limits, decisions, strict=True) if not each.allowed]
         waits = [
@@ -167,6 +185,68 @@ class Budget:
             headers={"Retry-After": str(max(1, math.ceil(max(waits) - 1e-6)))},
             extensions={"violated-policies": [limit.name for limit, _ in refusals]},
         )
+
+
+_UNKNOWN = Decision(allowed=False, remaining=0, next_seconds=1.0, retry_seconds=1.0, reset_seconds=1.0)
+
+
+class SharedBudget(Budget):
+    """A budget that all workers count together, and what holds while they cannot.
+
+    Args:
+        name: What tells it from the other budgets of the service; the same in every worker.
+        limits: The limits.
+        strategy: How they are counted.
+        counters: Where they are counted.
+        on_store_failure: What holds while that is gone.
+        max_keys: For how many keys there is a place in memory meanwhile.
+        clock: Where the time comes from meanwhile.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        limits: tuple[Limit, ...],
+        strategy: Strategy = "token-bucket",
+        *,
+        counters: SharedCounters,
+        on_store_failure: OnStoreFailure = "rescue",
+        max_keys: int = 1_000_000,
+        clock: Clock | None = None,
+    ) -> None:
+        super().__init__(limits, strategy, max_keys=max_keys, clock=clock)
+        self._shared = SharedLimits(name, limits, strategy)
+        self._counters = counters
+        self._on_store_failure = on_store_failure
+        self._rescue_of: Callable[[tuple[Limit, ...]], Budget] = lambda shares: Budget(
+            shares, strategy, max_keys=max_keys, clock=clock
+        )
+        self._rescue: Budget | None = None
+
+    async def spend(self, key: str, cost: int = 1) -> list[Decision]:
+        """A decision for each limit; without the store, as the settings say."""
+        try:
+            return await self._counters.spend(key, (self._shared, cost))
+        except StoreUnavailable:
+            if self._on_store_failure == "rescue":
+                return self._share().hit(key, cost)
+            if self._on_store_failure == "refuse":
+                return [_UNKNOWN] * len(self.limits)
+            return [Decision(True, limit.quota, 0.0, 0.0, 0.0) for limit in self.limits]  # noqa: FBT003 - a tuple
+
+    def problem(self, decisions: list[Decision]) -> Problem:
+        """The refusal, which may be that nobody knows."""
+        if decisions[0] is _UNKNOWN:
+            return LimitUnknown("Requests cannot be counted at the moment; try again soon.", headers=retry_after(1.0))
+        return super().problem(decisions)
+
+    def _share(self) -> Budget:
+        """What this worker lets pass by itself: the limits, divided by the workers."""
+        workers = self._counters.workers
+        shares = tuple(Limit(each.name, max(1, each.quota // workers), each.window_seconds) for each in self.limits)
+        if self._rescue is None or self._rescue.limits != shares:
+            self._rescue = self._rescue_of(shares)
+        return self._rescue
 
 
 class InFlight:
@@ -240,17 +320,26 @@ class RateLimitMiddleware:
         app: The application inside.
         settings: The settings of rate limits.
         clock: Where the time comes from.
+        store: Where all workers count together, if it is a shared one; else each counts for itself.
     """
 
-    def __init__(self, app: ASGIApp, settings: RateLimitSettings | None = None, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: RateLimitSettings | None = None,
+        *,
+        clock: Clock | None = None,
+        store: StateStore | None = None,
+    ) -> None:
         self.app = app
         self.settings = settings = settings or RateLimitSettings()
         self._clock = clock
-        self._by_address = settings.key == "address"
+        self._counters = None if store is None else store.counters
+        self._by_address = settings.key == "address" and self._counters is None
         limits = parse_limits(settings.default, "default")
-        self._default = self._budget(limits, settings.strategy)
+        self._default = self._budget(limits, settings.strategy, "default")
         wider = (Limit(each.name, each.quota * settings.unknown_proxy_factor, each.window_seconds) for each in limits)
-        self._behind_unknown_proxy = self._budget(tuple(wider), settings.strategy)
+        self._behind_unknown_proxy = self._budget(tuple(wider), settings.strategy, "behind an unknown proxy")
         self._budgets: dict[Hashable, Budget] = {}
         self._in_flight = InFlight()
 
@@ -269,7 +358,7 @@ class RateLimitMiddleware:
             await self.app(scope, receive, send)
             return
         if override is None and self._by_address:
-            # What most requests are: no override, no function to ask for a key.
+            # What most requests are: no override, no function to ask for a key, no store to wait for.
             budget = self._behind_unknown_proxy if context.client.behind_unknown_proxy else self._default
             verdict = Verdict(budget, context.client.key, budget.hit(context.client.key))
         else:
@@ -328,22 +417,55 @@ class RateLimitMiddleware:
             unknown = context.client.behind_unknown_proxy and self.settings.key == "address"
             budget = self._behind_unknown_proxy if unknown else self._default
             key = await _key_of(self.settings.key, scope, context)
-            return Verdict(budget, key, budget.hit(key))
-        budget = self.budget_of(override)
+            return Verdict(budget, key, await budget.spend(key))
+        budget = self.budget_of(override, scope)
         key = await _key_of(override.key or self.settings.key, scope, context)
-        return Verdict(budget, key, budget.hit(key, override.cost_of(scope)))
+        return Verdict(budget, key, await budget.spend(key, override.cost_of(scope)))
 
-    def budget_of(self, override: "RateLimit") -> Budget:
+    def budget_of(self, override: "RateLimit", scope: Scope) -> Budget:
         """The budget that an override declares; those of one scope with the same limits share theirs."""
         identity = (override.scope_name, override.limits) if override.scope_name else override
         budget = self._budgets.get(identity)
         if budget is None:
             strategy = override.strategy or self.settings.strategy
-            budget = self._budgets[identity] = self._budget(override.limits, strategy)
+            name = "" if self._counters is None else _name_of(override, scope)
+            failing = override.on_store_failure
+            budget = self._budgets[identity] = self._budget(override.limits, strategy, name, failing)
         return budget
 
-    def _budget(self, limits: tuple[Limit, ...], strategy: Strategy) -> Budget:
-        return Budget(limits, strategy, max_keys=self.settings.max_keys, clock=self._clock)
+    def _budget(
+        self, limits: tuple[Limit, ...], strategy: Strategy, name: str, on_store_failure: OnStoreFailure | None = None
+    ) -> Budget:
+        max_keys, clock = self.settings.max_keys, self._clock
+        if self._counters is None:
+            return Budget(limits, strategy, max_keys=max_keys, clock=clock)
+        failing = on_store_failure or self.settings.on_store_failure
+        return SharedBudget(
+            name,
+            limits,
+            strategy,
+            counters=self._counters,
+            on_store_failure=failing,
+            max_keys=max_keys,
+            clock=clock,
+        )
+
+
+def _name_of(override: "RateLimit", scope: Scope) -> str:
+    """What a budget is called in a store, the same in every worker: by the first route on which its limit counts.
+
+    A limit that stands on no route of the table shares a budget with its like.
+    """
+    if override.scope_name:
+        return f"scope {override.scope_name}"
+    app = scope.get("app")
+    seen: list[str] = []
+    for entry in () if app is None else table_of(app):
+        label = f"{entry.kind} {','.join(sorted(entry.methods or ()))} {entry.template}"
+        if entry.of(RateLimit)[-1:] == (override,):
+            return f"{label} {seen.count(label)}"
+        seen.append(label)
+    return "elsewhere"
 
 
 # --- override ---------------------------------------------------------------------------------------------------------
@@ -368,6 +490,7 @@ class RateLimit(Override):
         concurrent: So many requests of one client may be served at the same time here.
         name: What the policy is called in ``RateLimit-Policy``; by default by its limit.
         strategy: How it is counted; by default as the settings say.
+        on_store_failure: What holds while the shared store is gone; by default as the settings say.
 
     Raises:
         ValueError: The limits cannot be read, or the key is none.
@@ -391,6 +514,7 @@ class RateLimit(Override):
         concurrent: int | None = None,
         name: str | None = None,
         strategy: Strategy | None = None,
+        on_store_failure: OnStoreFailure | None = None,
     ) -> None:
         super().__init__()
         if key is not None:
@@ -403,6 +527,7 @@ class RateLimit(Override):
         self.scope_name = scope
         self.concurrent = concurrent
         self.strategy = strategy
+        self.on_store_failure = on_store_failure
         self._own: RateLimitMiddleware | None = None
 
     def cost_of(self, scope: Scope) -> int:

@@ -25,7 +25,7 @@ from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.identity import Authenticator, CredentialsUnchecked, InvalidCredentials, Principal
-from fastapi_hardening.core.store import MemoryStore, StateStore
+from fastapi_hardening.core.store import MemoryStore, StateStore, StoreUnavailable
 from fastapi_hardening.security.auth.basic import BasicAuthenticator
 from fastapi_hardening.security.auth.bearer import BearerAuthenticator
 from fastapi_hardening.security.auth.cross_site import CrossSite
@@ -159,7 +159,7 @@ class Gate:
             except InvalidCredentials as invalid:
                 logger.info("%s credentials are refused: %s", authenticator.scheme, invalid.reason)
                 raise self.credentials_refused(authenticator) from None
-            except (TimeoutError, ConnectionError) as down:
+            except (StoreUnavailable, TimeoutError, ConnectionError) as down:
                 logger.exception("what %s credentials are looked up in does not answer", authenticator.scheme)
                 raise AuthenticationUnavailable from down
             return Found(principal, authenticator)
@@ -214,7 +214,7 @@ class Gate:
         """
         try:
             return await self.rbac.permissions(roles_of(principal, tenant), principal.permissions)
-        except (TimeoutError, ConnectionError) as down:
+        except (StoreUnavailable, TimeoutError, ConnectionError) as down:
             logger.exception("what the permissions of roles are looked up in does not answer")
             raise AuthenticationUnavailable from down
 
