@@ -230,7 +230,8 @@ def _adopting(handle: Hardening) -> Callable[[RouteTable], None]:
 def _route(application: Any, handle: Hardening) -> None:
     """Puts routing by the table in front of a router, which asks again who may call where a middleware moves them."""
     stack = application.router.middleware_stack
-    if not (isinstance(stack, FastRouting) and stack.owner is handle):
+    ours = isinstance(stack, FastRouting) and (handle.auth.idle or stack.owner is handle)
+    if not ours:
         application.router.middleware_stack = FastRouting(
             application.router,
             table_of(application),

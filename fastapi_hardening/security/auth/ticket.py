@@ -25,9 +25,10 @@ from starlette.requests import HTTPConnection
 
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.identity import InvalidCredentials, Principal
-from fastapi_hardening.core.store import MemoryStore, StateStore
+from fastapi_hardening.core.store import MemoryStore, StateStore, StoreUnavailable
 from fastapi_hardening.security.auth.overrides import RequireUser
 from fastapi_hardening.security.auth.principals import from_members, to_members
+from fastapi_hardening.security.auth.problems import AuthenticationUnavailable
 
 _LONGEST = 128
 
@@ -122,7 +123,10 @@ class Tickets:
         @router.post(path)
         async def websocket_ticket(user: Annotated[Principal, RequireUser()], response: Response) -> Ticket:
             response.headers["cache-control"] = "no-store"
-            return Ticket(ticket=await self.issue(user), expires_in=int(self._ttl_seconds))
+            try:
+                return Ticket(ticket=await self.issue(user), expires_in=int(self._ttl_seconds))
+            except (StoreUnavailable, ConnectionError) as down:
+                raise AuthenticationUnavailable from down
 
         return router
 

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from jose import jws
+from jose import jws  # type: ignore[import-untyped]
 
 from fastapi_hardening import ConfigurationError, CurrentUser, Settings, harden
 from fastapi_hardening.handle import Hardening
