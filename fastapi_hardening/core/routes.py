@@ -166,7 +166,7 @@ class Candidate:
         self.order = order
         self.route = route
         self.entry = entry
-        self.regex: Any = getattr(route, "path_regex", None)
+        self.regex: Any = getattr(_effective(route), "path_regex", None)
 
     def admits(self, path: str) -> bool:
         """Whether the path has the form of the template."""
@@ -319,18 +319,19 @@ class _Level:
         everywhere = _merge(self._everywhere, above)
         # A route context answers for the route as it is effective here, with the prefixes and levels of its includes.
         kind = _KNOWN_MATCHING.get(type(route.original_route).matches, "other")
-        app = getattr(route, "app", None)
-        dependant = getattr(route, "dependant", None)
-        path = None if isinstance(route.original_route, Host) else route.path
-        template = route.path_format if kind in ("http", "websocket") else path
+        effective = _effective(route)
+        app = getattr(effective, "app", None)
+        dependant = getattr(effective, "dependant", None)
+        path = None if isinstance(route.original_route, Host) else effective.path
+        template = effective.path_format if kind in ("http", "websocket") else path
         entry = RouteEntry(
             template=None if template is None else self._prefix + template,
-            methods=frozenset(route.methods) if route.methods else None,
+            methods=frozenset(methods) if (methods := getattr(effective, "methods", None)) else None,
             kind=kind,
             overrides=everywhere if dependant is None else _merge(self._everywhere, overrides_of(dependant)),
-            endpoint=route.endpoint or app,
+            endpoint=getattr(effective, "endpoint", None) or app,
             dependant=dependant,
-            max_body_size=getattr(route, "max_body_size", None),
+            max_body_size=getattr(effective, "max_body_size", None),
         )
         order = len(self._all)
         inside = None
@@ -447,6 +448,11 @@ def _levels_above(routes: Iterable[BaseRoute], above: Overrides, found: dict[int
             include: Any = getattr(route, "include_context", None)
             levels = [*getattr(include, "dependencies", ()), *included.dependencies]
             _levels_above(included.routes, _merge(above, overrides_in(levels)), found)
+
+
+def _effective(route: Any) -> Any:
+    """A route as it is below its includes; of Starlette's own ones the first versions of FastAPI do not say it."""
+    return getattr(getattr(route, "_route_context", None), "starlette_route", None) or route
 
 
 def _router(app: Any) -> Any:
