@@ -10,7 +10,7 @@ from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConcernSettings
 from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.origins import ANY, checked_origin
-from fastapi_hardening.security.auth.jwk import InvalidKey, VerificationKey
+from fastapi_hardening.security.auth.jwk import InvalidKey, KeySet, VerificationKey
 from fastapi_hardening.security.auth.jwt import JwtSettings
 from fastapi_hardening.security.auth.keys import KeySource, RemoteKeys, RemoteKeysSettings, StaticKeys
 from fastapi_hardening.security.auth.rbac import RbacSettings, checked_permission
@@ -121,15 +121,18 @@ class BearerSettings(JwtSettings):
     name ``HS256``."""
 
     public_keys: tuple[str, ...] = ()
-    """Its public keys as PEM, the current one first."""
+    """Its public keys as PEM, the current one first; for tokens without a ``kid``."""
+
+    jwks: str | None = None
+    """Its JWK set, written down as JSON; for tokens that name their key by ``kid``."""
 
     allow_loopback_http: bool = False
     """Whether an issuer on this machine may be asked without TLS; for development."""
 
     @model_validator(mode="after")
     def _keys_of_one_kind(self) -> "BearerSettings":
-        if sum(map(bool, (self.jwks_url, self.secrets, self.public_keys))) > 1:
-            raise ValueError("jwks_url, secrets and public_keys: one of them says where the keys come from")
+        if sum(map(bool, (self.jwks_url, self.secrets, self.public_keys, self.jwks))) > 1:
+            raise ValueError("jwks_url, jwks, secrets and public_keys: one of them says where the keys come from")
         keys_of(self)
         return self
 
@@ -150,6 +153,8 @@ def keys_of(settings: BearerSettings, *, clock: Clock | None = None, events: Eve
         return StaticKeys(*(_public_key(pem, settings.algorithms) for pem in settings.public_keys))
     issuer = settings.issuer if settings.jwks_url is None else None
     usable = tuple(name for name in settings.algorithms if not name.startswith("HS"))
+    if settings.jwks is not None:
+        return StaticKeys(KeySet.from_jwks(settings.jwks, algorithms=usable, public=True))
     remote = RemoteKeysSettings(
         issuer=issuer,
         jwks_url=settings.jwks_url,

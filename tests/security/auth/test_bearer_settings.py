@@ -1,6 +1,7 @@
 """Bearer tokens by settings alone: which keys are used, what is refused at the start, and what a client sees."""
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -9,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from jose import jws  # type: ignore[import-untyped]
+from jose import jwk, jws  # type: ignore[import-untyped]
 
 from fastapi_hardening import ConfigurationError, CurrentUser, Settings, harden
 from fastapi_hardening.handle import Hardening
@@ -112,12 +113,24 @@ def test_a_public_key_is_bound_to_the_first_algorithm_of_its_kind(key: Any, algo
     assert [found.algorithm for found in asyncio.run(keys.find(None, algorithm))] == [algorithm]
 
 
+def test_a_set_that_is_written_down_has_named_keys() -> None:
+    """Tokens name their key; nobody is asked for it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    public = jwk.construct(pem(key), "ES256").to_dict() | {"kid": "q4", "use": "sig"}
+    public = {name: value.decode() if isinstance(value, bytes) else value for name, value in public.items()}
+    keys = harden(FastAPI(), Settings(auth={"jwt": ISSUER | {"jwks": json.dumps({"keys": [public]})}})).auth.keys
+    assert keys is not None
+    assert [found.kid for found in asyncio.run(keys.find("q4", "ES256"))] == ["q4"]
+    assert list(asyncio.run(keys.find("q3", "ES256"))) == []
+
+
 @pytest.mark.parametrize(
     ("jwt", "sentence"),
     [
         (ISSUER | {"secrets": [SECRET]}, "set algorithms to HS256"),
         (SHARED | {"secrets": ["short"]}, "32 bytes"),
         (SHARED | {"jwks_url": "https://id.example/keys"}, "one of them"),
+        (ISSUER | {"jwks": "{}"}, "auth.jwt"),
         (ISSUER | {"jwks_url": "http://id.example/keys"}, "https"),
         (ISSUER | {"issuer": "http://id.example"}, "https"),
         (ISSUER | {"public_keys": ["-----BEGIN PUBLIC KEY-----"]}, "no public key"),
