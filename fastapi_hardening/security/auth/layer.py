@@ -208,7 +208,8 @@ def check_routes(gate: Gate, table: RouteTable) -> None:
         gate.idle = False  # Should the application go on all the same: on a mount no dependency would refuse.
         raise ConfigurationError(
             f"{', '.join(sorted(closed)[:5])}: the route demands a caller who is known, but nothing could let anybody "
-            "in; give harden() authenticators, as in harden(app, authenticators=[...]), or set auth.basic or auth.session"
+            "in; give harden() authenticators, as in harden(app, authenticators=[...]), or set auth.basic or "
+            "auth.session"
         )
     if gate.required:
         free = {entry.template or f"a {entry.kind} route" for entry in table if is_open(entry, required=True)}
