@@ -259,6 +259,19 @@ def test_a_websocket_that_ends_before_is_not_closed_twice(last: str | None) -> N
     assert asyncio.run(check()) == ["websocket.accept", *([last] if last else [])]
 
 
+def test_a_handshake_that_is_refused_inside_has_no_end_to_wait_for() -> None:
+    """Nothing was opened."""
+
+    async def check() -> list[str]:
+        clock, wire = ManualClock(), Wire()
+        expiry = Expiry(wire.send, clock.time() + 10, clock)
+        await expiry.send({"type": "websocket.close"})
+        await expiry.finish()
+        return [message["type"] for message in wire.messages]
+
+    assert asyncio.run(check()) == ["websocket.close"]
+
+
 def test_the_layer_closes_a_websocket_whose_token_ends() -> None:
     """While the application waits for a message."""
     known = {"short": Principal("anna", expires_at=1_700_000_000.01)}
