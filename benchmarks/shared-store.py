@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -84,12 +85,14 @@ class Report:
         packages = ", ".join(f"{name} {_version(name)}" for name in PACKAGES.split())
         first = (
             f"Measured on {datetime.now(UTC):%d %B %Y}: {python}, {platform.system()} on {platform.machine()} with "
-            f"{os.cpu_count()} CPUs, {SERVER_NAME}, {packages}."
+            f"{os.cpu_count()} CPUs, {SERVER_NAME}, {packages}. The machine's load average was {LOAD:.1f} at the "
+            "start: what is above the number of CPUs was others' work, and widens every interval."
         )
         return "\n".join([first, *self.lines]) + "\n"
 
 
 SERVER_NAME = ""
+LOAD = os.getloadavg()[0]
 
 
 # --- a decision -------------------------------------------------------------------------------------------------------
@@ -406,7 +409,7 @@ async def _serving(folder: Path, workers: int, url: str | None) -> AsyncIterator
     )
     try:
         ends = time.monotonic() + PATIENCE_SECONDS
-        while (folder / "log").read_text().count("Application startup complete") < workers:
+        while (folder / "log").read_text().count("Application startup complete") < workers or not _accepts(port):
             if process.poll() is not None or time.monotonic() > ends:
                 sys.exit((folder / "log").read_text())
             await asyncio.sleep(0.05)
@@ -415,6 +418,12 @@ async def _serving(folder: Path, workers: int, url: str | None) -> AsyncIterator
         process.terminate()
         await asyncio.to_thread(process.wait, PATIENCE_SECONDS)
         log.close()
+
+
+def _accepts(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 async def _load(port: int, seconds: float) -> float:
@@ -459,12 +468,14 @@ def main() -> None:
             SERVER_NAME = f"{name} {about.get(f'{name}_version', about['redis_version'])}"
             for part in arguments.only or PARTS:
                 asyncio.run(PARTS[part](report, server))
+                if arguments.docs:  # after each part: what is measured is not lost
+                    page = PAGE.read_text(encoding="utf-8")
+                    PAGE.write_text(
+                        BLOCK.sub(lambda block: f"{block[1]}\n{report}\n{block[2]}", page), encoding="utf-8"
+                    )
         finally:
             server.kill()
     print(report, end="")
-    if arguments.docs:
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(BLOCK.sub(lambda block: f"{block[1]}\n{report}\n{block[2]}", page), encoding="utf-8")
 
 
 if __name__ == "__main__":
