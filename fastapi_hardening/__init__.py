@@ -18,6 +18,7 @@ from fastapi_hardening.security.cors import Cors
 from fastapi_hardening.security.rate_limit import RateLimit
 from fastapi_hardening.security.request_limits import RequestLimits
 from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders
+from fastapi_hardening.security.websocket_limits import WebSocketLimits
 from fastapi_hardening.settings import Settings
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "RequestLimits",
     "SecurityHeaders",
     "Settings",
+    "WebSocketLimits",
     "configure_logging",
     "harden",
 ]

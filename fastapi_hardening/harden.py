@@ -32,10 +32,11 @@ from fastapi_hardening.observability.request_context import ContextMaker, Reques
 from fastapi_hardening.performance.fast_routing import FastRouting
 from fastapi_hardening.resilience.drain import DrainMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
-from fastapi_hardening.security.cors import CorsMiddleware, take_over
+from fastapi_hardening.security.cors import CorsMiddleware, CorsPolicy, take_over
 from fastapi_hardening.security.rate_limit import RateLimitMiddleware
 from fastapi_hardening.security.request_limits import RequestLimitsMiddleware
 from fastapi_hardening.security.security_headers import HeaderPolicy, SecurityHeadersMiddleware
+from fastapi_hardening.security.websocket_limits import WebSocketLimitsMiddleware
 from fastapi_hardening.settings import Settings
 
 logger = logging.getLogger("fastapi_hardening")
@@ -69,6 +70,9 @@ INBOUND: tuple[Slot, ...] = (
              app, h.settings.request_limits, allowed_hosts=h.settings.allowed_hosts, clock=h.clock)),
     Slot("address limit", "address_limit", "flood guard by client address, without I/O",
          lambda h, app: AddressLimitMiddleware(app, h.settings.address_limit, clock=h.clock)),
+    Slot("websocket limits", "websocket_limits", "who may open websockets, what they may send, how long they stay",
+         lambda h, app: WebSocketLimitsMiddleware(
+             app, h.settings.websocket_limits, admits=_allowed_origins(h), lifecycle=h.lifecycle, clock=h.clock)),
     Slot("version", "versioning", "which version of the API is asked for"),
     Slot("authentication", "auth", "who calls, and whether the route lets them"),
     Slot("tenancy", "tenancy", "whose data it is about"),
@@ -183,6 +187,12 @@ def _policy_fields(handle: Hardening) -> Callable[[RawHeaders, Scope], RawHeader
     """The header fields that protect browsers, for an answer that is made above their layer."""
     policy = HeaderPolicy(handle.settings.security_headers)
     return lambda headers, scope: policy.apply(headers, tls=request_context.ensure(scope).secure)
+
+
+def _allowed_origins(handle: Hardening) -> Callable[[bytes], bool]:
+    """Whose pages may open websockets: those that CORS names. ``*`` names nobody: it is for answers without cookies."""
+    policy = None if "*" in handle.cors.allow_origins else CorsPolicy.of(handle.cors)
+    return policy.allows if policy is not None else lambda _origin: False
 
 
 def _context_maker(handle: Hardening) -> ContextMaker:

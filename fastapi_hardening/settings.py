@@ -33,6 +33,7 @@ from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.security.rate_limit import RateLimitSettings
 from fastapi_hardening.security.request_limits import RequestLimitsSettings
 from fastapi_hardening.security.security_headers import SecurityHeadersSettings
+from fastapi_hardening.security.websocket_limits import WebSocketLimitsSettings
 
 
 class NotBuiltYet(ConcernSettings):
@@ -171,6 +172,9 @@ class Settings(BaseSettings):
 
     address_limit: AddressLimitSettings = AddressLimitSettings()
     """The flood guard by address."""
+
+    websocket_limits: WebSocketLimitsSettings = WebSocketLimitsSettings()
+    """Limits on websockets once they are open, and whose pages may open them."""
 
     versioning: NotBuiltYet = NotBuiltYet()
     """API versions; planned."""
