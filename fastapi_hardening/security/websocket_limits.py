@@ -836,9 +836,7 @@ class WebSocketLimits(Override):
         """Puts the limits into the websocket object, which is the one that the endpoint gets."""
         watched = _Connection(policy, context, connection._receive, connection._send, clock=SystemClock())  # noqa: SLF001
         connection._receive, connection._send = watched.receive, watched.send  # noqa: SLF001
-        stack = connection.scope.get("fastapi_inner_astack")
-        if stack is not None:
-            stack.push_async_callback(watched.finish)
+        connection.scope["fastapi_inner_astack"].push_async_callback(watched.finish)
 
 
 def _alone(levels: tuple[Any, ...]) -> WebSocketPolicy:

@@ -548,7 +548,7 @@ async def test_draining_closes_open_websockets_when_the_server_stops() -> None:
     await asyncio.sleep(0.005)
     assert not serving.done()
     lifecycle.drain()
-    assert line.close is None
+    assert line.sent == [{"type": "websocket.accept"}]
     clock.advance(1)
     await serving
     assert line.close == RESTART
@@ -561,8 +561,8 @@ async def test_a_websocket_that_opens_while_the_process_drains_is_closed_as_well
     lifecycle = Lifecycle(drain_delay_seconds=5, clock=clock)
     lifecycle.drain()
     clock.advance(6)
-    line = await Line(Listener(), clock=clock, lifecycle=lifecycle).run()
-    assert line.close == RESTART
+    line = Line(Listener(), clock=clock, lifecycle=lifecycle, max_connections_per_client=None)
+    assert (await line.run()).close == RESTART
 
 
 async def test_an_endpoint_that_does_not_notice_is_cancelled_so_that_the_process_can_end(
@@ -666,6 +666,20 @@ async def test_a_close_of_the_application_is_the_only_one() -> None:
     clock.advance(10)
     assert [message["type"] for message in line.sent] == ["websocket.accept", "websocket.send", "websocket.close"]
     assert (line.close, line.told) == ((4000, "bye"), [])
+
+
+async def test_a_message_that_comes_after_a_close_of_the_application_is_handed_over() -> None:
+    """Servers may have it already."""
+    heard: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await send({"type": "websocket.close", "code": 1000, "reason": ""})
+        heard.extend([await receive(), await receive()])
+
+    await Line(app).says("late").hangs_up().run()
+    assert [message["type"] for message in heard] == ["websocket.receive", "websocket.disconnect"]
 
 
 async def test_a_close_by_both_at_once_is_one_close() -> None:
@@ -1003,6 +1017,19 @@ def test_origins_of_a_route_may_only_report() -> None:
     """Without the layer, too."""
     client = TestClient(chatting([WebSocketLimits(origins=("https://app.example",), report_only=True)]))
     assert ending(client, "hello", headers={"origin": "https://evil.example", "cookie": "session=1"}) is None
+
+
+def test_without_a_layer_an_endpoint_that_does_not_notice_goes_on() -> None:
+    """An override has nothing around the endpoint; the client gets its close all the same."""
+    app = FastAPI()
+
+    @app.websocket("/chat", dependencies=[WebSocketLimits(idle_seconds=0.001, close_grace_seconds=0)])
+    async def chat(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await asyncio.sleep(0.01)
+        await websocket.receive_text()
+
+    assert ending(TestClient(app), "hello") == IDLE
 
 
 class Rewriting:
