@@ -28,6 +28,8 @@ INNERMOST = "ExceptionMiddleware.__call__"
 MOST_CALLS = 16
 MOST_CALLS_OF = {"access_log": 60, "metrics": 26, "rate_limit": 30}
 MOST_CALLS_OF_THE_REST = 30
+# The same for a message of a websocket and the answer to it.
+MOST_CALLS_OF_MESSAGES = 16
 
 
 @pytest.fixture
@@ -82,12 +84,14 @@ class Recorder:
         self.inside: list[Stack] = []
         self.outside: list[Stack] = []
         self.messages: list[str] = []
+        self.incoming: list[Message] = []
         self.calls = 0
         self.app = app = FastAPI()
         app.add_api_route("/ok", self.endpoint)
         app.add_api_route("/override", self.endpoint, dependencies=[SecurityHeaders(x_frame_options=None)])
         app.add_api_route("/stream", self.stream)
         app.add_api_websocket_route("/echo", self.websocket)
+        app.add_api_websocket_route("/talk/{number}", self.talk)
         if hardened:
             harden(app, settings)
 
@@ -111,6 +115,13 @@ class Recorder:
         await websocket.accept()
         await websocket.send_text("ok")
 
+    async def talk(self, websocket: WebSocket, number: int) -> None:
+        """Takes so many messages, and answers each."""
+        await websocket.accept()
+        self.incoming = [{"type": "websocket.receive", "text": "hello"}] * number
+        for _ in range(number):
+            await websocket.send_text(await websocket.receive_text())
+
     async def serve(self, asked: str, app: ASGIApp | None = None) -> "Recorder":
         """Serves two requests; the second one, for which everything has been built, is recorded."""
         for _ in range(2):
@@ -128,7 +139,7 @@ class Recorder:
         return self
 
     async def _receive(self) -> Message:
-        return {"type": "websocket.connect"}
+        return self.incoming.pop() if self.incoming else {"type": "websocket.connect"}
 
     async def _send(self, message: Message) -> None:
         self.outside.append(Stack(sys._getframe()))
@@ -252,6 +263,19 @@ async def test_concern_takes_few_calls(concern: str | None) -> None:
         assert off - (await Recorder(hardened=False).serve("GET /ok")).calls <= MOST_CALLS_OF_THE_REST
     else:
         assert (await Recorder().serve("GET /ok")).calls - off <= MOST_CALLS_OF.get(concern, MOST_CALLS)
+
+
+async def test_websocket_limits_take_few_calls_for_each_message() -> None:
+    """What is counted and watched of a message and of the answer to it is a few calls, and no task or timer."""
+    added: list[int] = []
+    for number in (0, 100):
+        calls = []
+        for enabled in (True, False):
+            recorder = Recorder(Settings(websocket_limits={"enabled": enabled}))
+            await recorder.serve(f"WS /talk/{number}")
+            calls.append(recorder.calls)
+        added.append(calls[0] - calls[1])
+    assert (added[1] - added[0]) / 100 <= MOST_CALLS_OF_MESSAGES
 
 
 async def test_calls_do_not_grow_with_the_number_of_routes() -> None:

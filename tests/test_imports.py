@@ -23,6 +23,7 @@ PUBLIC = [
     "RequestLimits",
     "SecurityHeaders",
     "Settings",
+    "WebSocketLimits",
     "configure_logging",
     "harden",
 ]

@@ -325,13 +325,14 @@ class MessageMeter:
         (None, 'too many messages')
     """
 
-    __slots__ = ("_bytes", "_max_bytes", "_messages", "measures")
+    __slots__ = ("_bytes", "_limits_bytes", "_max_bytes", "_messages", "measures")
 
     def __init__(self, policy: WebSocketPolicy) -> None:
         self._max_bytes = policy.settings.max_message_bytes
         self._messages = _Spent(policy.messages)
         self._bytes = _Spent(policy.bytes)
-        self.measures = self._max_bytes is not None or bool(policy.bytes)
+        self._limits_bytes = bool(policy.bytes)
+        self.measures = self._max_bytes is not None or self._limits_bytes
 
     def take(self, size: int, now: float) -> Closing | None:
         """Counts a message; what it goes beyond."""
@@ -339,7 +340,7 @@ class MessageMeter:
             return TOO_LARGE
         if not self._messages.spend(1, now):
             return TOO_MANY
-        return None if self._bytes.spend(size, now) else TOO_MUCH
+        return None if not self._limits_bytes or self._bytes.spend(size, now) else TOO_MUCH
 
 
 class _Spent:
@@ -352,6 +353,12 @@ class _Spent:
         self._states: list[float | None] = [None] * len(buckets)
 
     def spend(self, units: int, now: float) -> bool:
+        if len(self._buckets) == 1:
+            # What most limits are: one.
+            decision, state = self._buckets[0].decide(self._states[0], now, units)
+            if decision.allowed:
+                self._states[0] = state
+            return decision.allowed
         decisions = [
             bucket.decide(state, now, units) for bucket, state in zip(self._buckets, self._states, strict=True)
         ]
@@ -479,16 +486,34 @@ class WebSocketLimitsMiddleware:
                 await refuse(problem, scope, receive, send, layer=LAYER)
                 return
             tell(problem, context, LAYER + " (report only)")
-        connection = _Connection(policy, context, receive, send, clock=self._clock, lifecycle=self._lifecycle)
+        connection = _Connection(
+            policy,
+            context,
+            receive,
+            send,
+            clock=self._clock,
+            lifecycle=self._lifecycle,
+            task=asyncio.current_task(),
+        )
         self._counts[place] = self._counts.get(place, 0) + 1
         self._connections.add(connection)
         try:
-            await connection.run(self.app, scope)
+            try:
+                await self.app(scope, connection.receive, connection.send)
+            except (Exception, asyncio.CancelledError) as exception:
+                # An end that is ours is none that the server has to hear of.
+                if not connection.has_caused(exception):
+                    raise
+            await connection.finish()
         finally:
+            connection.end()
             self._connections.discard(connection)
-            self._counts[place] -= 1
-            if not self._counts[place]:
-                del self._counts[place]
+            self._leave(place)
+
+    def _leave(self, place: Hashable) -> None:
+        self._counts[place] -= 1
+        if not self._counts[place]:
+            del self._counts[place]
 
     def _refusal(
         self, policy: WebSocketPolicy, place: Hashable, scope: Scope, context: RequestContext
@@ -543,6 +568,7 @@ class _Connection:
     """
 
     __slots__ = (
+        "_cancelling",
         "_clock",
         "_context",
         "_given_up",
@@ -572,6 +598,7 @@ class _Connection:
         *,
         clock: Clock,
         lifecycle: Lifecycle | None = None,
+        task: asyncio.Task[Any] | None = None,
     ) -> None:
         self.closing: Closing | None = None
         self.loop = asyncio.get_running_loop()
@@ -590,27 +617,10 @@ class _Connection:
         # Which task waits in `receive`, and whether it was woken; which one runs the application, and has been ended.
         self._waiting: asyncio.Task[Any] | None = None
         self._woken = False
-        self._task: asyncio.Task[Any] | None = None
+        self._task = task
+        self._cancelling = 0 if task is None else task.cancelling()
         self._given_up = False
         context.state[_Connection] = self
-
-    async def run(self, app: ASGIApp, scope: Scope) -> None:
-        """Has the application serve the websocket; an end that is ours is none that the server has to hear of."""
-        task: Any = asyncio.current_task()
-        self._task, cancelling = task, task.cancelling()
-        try:
-            try:
-                await app(scope, self.receive, self.send)
-            except asyncio.CancelledError:
-                # As in asyncio.timeout: only our own cancellation ends here.
-                if not self._given_up or task.uncancel() > cancelling:
-                    raise
-            except Exception as exception:
-                if not self._was_the_close(exception):
-                    raise
-            await self.finish()
-        finally:
-            self.end()
 
     async def receive(self) -> Message:
         """The next message, or the end that a limit has made."""
@@ -690,6 +700,17 @@ class _Connection:
         else:
             self._close(closing)
 
+    def has_caused(self, exception: BaseException) -> bool:
+        """Whether an endpoint was cancelled by us, or ended with nothing but the news that its websocket was closed."""
+        if self.closing is None:
+            return False
+        if isinstance(exception, asyncio.CancelledError):
+            # As in asyncio.timeout: only our own cancellation ends here.
+            return self._given_up and self._task is not None and self._task.uncancel() <= self._cancelling
+        if isinstance(exception, ExceptionGroup):
+            return exception.split((WebSocketDisconnect, _Closed))[1] is None
+        return isinstance(exception, (WebSocketDisconnect, _Closed))
+
     async def finish(self) -> None:
         """Waits until the close is on its way, and ends."""
         self._stop_timer()
@@ -748,14 +769,6 @@ class _Connection:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-    def _was_the_close(self, exception: Exception) -> bool:
-        """Whether an endpoint ended with nothing but the news that its websocket was closed, alone or in a group."""
-        if self.closing is None:
-            return False
-        if isinstance(exception, ExceptionGroup):
-            return exception.split((WebSocketDisconnect, _Closed))[1] is None
-        return isinstance(exception, (WebSocketDisconnect, _Closed))
 
     def _tell(self, closing: Closing, *, reported: bool = False) -> None:
         context = self._context
