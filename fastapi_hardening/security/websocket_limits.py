@@ -45,7 +45,14 @@ from fastapi_hardening.core.configuration import ConcernSettings
 from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.headers import RawHeaders
 from fastapi_hardening.core.lifecycle import Lifecycle
-from fastapi_hardening.core.origins import ANY, OriginList, checked_origin, origin_of
+from fastapi_hardening.core.origins import (
+    ANY,
+    OriginList,
+    checked_origin,
+    has_browser_credentials,
+    is_same_origin,
+    origin_of,
+)
 from fastapi_hardening.core.policy import Override, dependant_of, mark_handled, overrides_of
 from fastapi_hardening.core.problem import IANA, Problem, refuse, retry_after, tell
 from fastapi_hardening.core.routes import RouteEntry, route_of
@@ -227,40 +234,6 @@ def size_of(message: Message) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
-_FROM_BROWSERS = (b"basic", b"digest", b"negotiate", b"ntlm")
-
-
-def has_credentials(headers: RawHeaders) -> bool:
-    """Whether a handshake carries what a browser adds by itself, whoever's page it is: cookies, or a login it keeps."""
-    for name, value in headers:
-        if name == b"cookie":
-            return True
-        if name == b"authorization" and value.partition(b" ")[0].lower() in _FROM_BROWSERS:
-            return True
-    return False
-
-
-_OWN_PORTS = {b"http": b":80", b"https": b":443"}
-
-
-def is_same_origin(origin: bytes, headers: RawHeaders) -> bool:
-    """Whether the page comes from the host that the handshake goes to, or its browser says so.
-
-    The scheme is not compared, for behind a proxy it is not known. ``X-Forwarded-Host`` counts as well: anybody may
-    write it, except a page, and it is pages that this is about.
-    """
-    scheme, _, authority = origin.lower().partition(b"://")
-    port = _OWN_PORTS.get(scheme, b":")
-    for name, value in headers:
-        if name == b"sec-fetch-site" and value == b"same-origin":
-            return True
-        if name in (b"host", b"x-forwarded-host"):
-            for host in value.lower().split(b","):
-                if authority and host.strip().removesuffix(port) == authority:
-                    return True
-    return False
-
-
 def _nobodys(_origin: bytes) -> bool:
     return False
 
@@ -302,7 +275,7 @@ class WebSocketPolicy:
         """Whether a handshake with these header fields may be made by the page that makes it."""
         check = self.settings.check_origin
         origin = None if check == "never" else origin_of(headers)
-        if origin is None or (check == "with-credentials" and not has_credentials(headers)):
+        if origin is None or (check == "with-credentials" and not has_browser_credentials(headers)):
             return True
         return self._origins.admits(origin) or is_same_origin(origin, headers) or self._admits(origin)
 
@@ -503,6 +476,8 @@ class WebSocketLimitsMiddleware:
             except (Exception, asyncio.CancelledError) as exception:
                 # An end that is ours is none that the server has to hear of.
                 if not connection.has_caused(exception):
+                    if isinstance(exception, Exception):
+                        await connection.finish()
                     raise
             await connection.finish()
         finally:

@@ -23,6 +23,7 @@ from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.events import Events, RequestRefused
 from fastapi_hardening.core.identity import Principal
 from fastapi_hardening.core.lifecycle import Lifecycle
+from fastapi_hardening.core.origins import is_same_origin
 from fastapi_hardening.core.routes import RouteEntry
 from fastapi_hardening.security.websocket_limits import (
     EXPIRED,
@@ -40,7 +41,6 @@ from fastapi_hardening.security.websocket_limits import (
     WebSocketLimitsMiddleware,
     WebSocketLimitsSettings,
     WebSocketPolicy,
-    is_same_origin,
     parse_rate,
     size_of,
 )
@@ -752,9 +752,13 @@ async def test_an_endpoint_that_fails_fails_as_ever(in_a_group: bool) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(fails(receive, send))
 
-    for line in (Line(app).says("one").hangs_up(), Line(app, messages="1/second").says("one", "two")):
+    for line, close in (
+        (Line(app).says("one").hangs_up(), None),
+        (Line(app, messages="1/second").says("one", "two"), TOO_MANY),
+    ):
         with pytest.raises((KeyError, ExceptionGroup)):
             await line.run()
+        assert line.close == close
 
 
 async def test_a_disconnect_that_is_not_ours_goes_on_to_the_server() -> None:
@@ -1027,7 +1031,8 @@ def test_without_a_layer_an_endpoint_that_does_not_notice_goes_on() -> None:
     async def chat(websocket: WebSocket) -> None:
         await websocket.accept()
         await asyncio.sleep(0.01)
-        await websocket.receive_text()
+        async for _ in websocket.iter_text():
+            pass
 
     assert ending(TestClient(app), "hello") == IDLE
 
