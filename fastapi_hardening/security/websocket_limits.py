@@ -71,6 +71,7 @@ def _empty_is_none(value: object) -> object:
 
 
 Count = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_empty_is_none)]
+Grace = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_empty_is_none)]
 Seconds = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_empty_is_none)]
 Rate = Annotated[str | None, BeforeValidator(_empty_is_none)]
 
@@ -132,8 +133,8 @@ class WebSocketLimitsSettings(ConcernSettings):
     """A client that for this long takes nothing of what is sent to it is closed with 1008, and its endpoint
     cancelled."""
 
-    close_grace_seconds: float = Field(10.0, ge=0)
-    """An endpoint that for this long does not notice that its websocket was closed by one of these is cancelled."""
+    close_grace_seconds: Grace = 10.0
+    """An endpoint that has not ended so long after its websocket was closed by one of these is cancelled."""
 
     @field_validator("origins")
     @classmethod
@@ -724,7 +725,8 @@ class _Connection:
             self._waiting.cancel()
         # Who waits for a client that does not read will wait for ever.
         grace = 0.0 if closing is NOT_READ else self._settings.close_grace_seconds
-        self._timer = self.loop.call_later(grace, self._give_up)
+        if grace is not None:
+            self._timer = self.loop.call_later(grace, self._give_up)
 
     async def _say(self, closing: Closing) -> None:
         # The client, or the server, may have closed it meanwhile.
@@ -802,11 +804,16 @@ class WebSocketLimits(Override):
         checked = WebSocketLimitsSettings(**changes)
         self.changes = {name: getattr(checked, name) for name in checked.model_fields_set}
 
+    async def after_routing(self, connection: HTTPConnection) -> None:
+        """Acts where the layer has not seen the route of a websocket; nothing of this is about HTTP."""
+        if connection.scope["type"] == "websocket":
+            await super().after_routing(connection)
+
     async def act_late(self, connection: HTTPConnection) -> None:
         """Enforces what the levels of a route name, on a websocket whose layer has not seen them; once."""
         scope = connection.scope
         levels: tuple[Any, ...] = overrides_of(dependant_of(scope)).get(WebSocketLimits, (self,))
-        if scope["type"] != "websocket" or levels[-1] is not self:
+        if levels[-1] is not self:
             return
         context = request_context.ensure(scope)
         current: _Connection | None = context.state.get(_Connection)

@@ -57,7 +57,16 @@ def test_the_defaults_are_those_that_do_not_hurt() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["max_message_bytes", "messages", "bytes", "idle_seconds", "max_send_seconds", "max_connections_per_client"]
+    "name",
+    [
+        "max_message_bytes",
+        "messages",
+        "bytes",
+        "idle_seconds",
+        "max_send_seconds",
+        "close_grace_seconds",
+        "max_connections_per_client",
+    ],
 )
 def test_an_empty_text_switches_a_limit_off(name: str) -> None:
     """As an environment variable says it."""
@@ -585,6 +594,20 @@ async def test_an_endpoint_that_does_not_notice_is_cancelled_so_that_the_process
     line = await Line(app, clock=clock, lifecycle=lifecycle, close_grace_seconds=0).run()
     assert (line.close, cleaned) == (RESTART, ["up"])
     assert "cancelled the endpoint" in caplog.text
+
+
+async def test_an_endpoint_may_be_given_all_the_time_it_takes_to_end() -> None:
+    """Without a grace period nothing is cancelled, nor is what ends within it."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await Listener()(scope, receive, send)
+        await asyncio.sleep(0.005)
+        ended.append("by itself")
+
+    for grace in (None, 60):
+        ended: list[str] = []
+        line = await Line(app, messages="1/second", close_grace_seconds=grace).says("one", "two").run()
+        assert (line.close, ended) == (TOO_MANY, ["by itself"])
 
 
 # --- layer: clients that do not read ----------------------------------------------------------------------------------
