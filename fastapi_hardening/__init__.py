@@ -29,6 +29,7 @@ from fastapi_hardening.security.cors import Cors
 from fastapi_hardening.security.rate_limit import RateLimit
 from fastapi_hardening.security.request_limits import RequestLimits
 from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders, csp_nonce_context
+from fastapi_hardening.security.websocket_limits import WebSocketLimits
 from fastapi_hardening.settings import Settings
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "RequireUser",
     "SecurityHeaders",
     "Settings",
+    "WebSocketLimits",
     "configure_logging",
     "csp_nonce_context",
     "harden",

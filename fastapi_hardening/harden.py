@@ -39,7 +39,7 @@ from fastapi_hardening.security.auth import openapi as auth_openapi
 from fastapi_hardening.security.auth.layer import AuthenticationMiddleware, check_routes, demand_again
 from fastapi_hardening.security.auth.overrides import require_permissions
 from fastapi_hardening.security.auth.rbac import PermissionsOf
-from fastapi_hardening.security.cors import CorsMiddleware, take_over
+from fastapi_hardening.security.cors import CorsMiddleware, CorsPolicy, take_over
 from fastapi_hardening.security.csp_reports import CspReportsMiddleware
 from fastapi_hardening.security.rate_limit import RateLimitMiddleware
 from fastapi_hardening.security.request_limits import RequestLimitsMiddleware
@@ -51,6 +51,7 @@ from fastapi_hardening.security.security_headers import (
     csp_nonce,
 )
 from fastapi_hardening.security.security_txt import SecurityTxtMiddleware
+from fastapi_hardening.security.websocket_limits import WebSocketLimitsMiddleware
 from fastapi_hardening.settings import Settings
 
 logger = logging.getLogger("fastapi_hardening")
@@ -91,6 +92,9 @@ INBOUND: tuple[Slot, ...] = (
          lambda h, app: SecurityTxtMiddleware(app, h.settings.security_txt)),
     Slot("CSP reports", "csp_reports", "takes and counts what browsers report of policies",
          lambda h, app: CspReportsMiddleware(app, h.settings.csp_reports, events=h.events, clock=h.clock)),
+    Slot("websocket limits", "websocket_limits", "who may open websockets, what they may send, how long they stay",
+         lambda h, app: WebSocketLimitsMiddleware(
+             app, h.settings.websocket_limits, admits=_allowed_origins(h), lifecycle=h.lifecycle, clock=h.clock)),
     Slot("version", "versioning", "which version of the API is asked for"),
     Slot("authentication", "auth", "who calls, and whether the route lets them",
          lambda h, app: AuthenticationMiddleware(app, gate=h.auth)),
@@ -301,6 +305,12 @@ def _policy_fields(handle: Hardening) -> Callable[[RawHeaders, Scope], RawHeader
     """The header fields that protect browsers, for an answer that is made above their layer."""
     policy = HeaderPolicy(handle.settings.security_headers)
     return lambda headers, scope: policy.apply(headers, tls=request_context.ensure(scope).secure)
+
+
+def _allowed_origins(handle: Hardening) -> Callable[[bytes], bool]:
+    """Whose pages may open websockets: those that CORS names. ``*`` names nobody: it is for answers without cookies."""
+    policy = None if "*" in handle.cors.allow_origins else CorsPolicy.of(handle.cors)
+    return policy.allows if policy is not None else lambda _origin: False
 
 
 def _context_maker(handle: Hardening) -> ContextMaker:

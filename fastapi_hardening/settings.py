@@ -38,6 +38,7 @@ from fastapi_hardening.security.rate_limit import RateLimitSettings
 from fastapi_hardening.security.request_limits import RequestLimitsSettings
 from fastapi_hardening.security.security_headers import SecurityHeadersSettings
 from fastapi_hardening.security.security_txt import SecurityTxtSettings
+from fastapi_hardening.security.websocket_limits import WebSocketLimitsSettings
 
 
 class NotBuiltYet(ConcernSettings):
@@ -173,6 +174,8 @@ class Settings(BaseSettings):
 
     csp_reports: CspReportsSettings = CspReportsSettings()
     """What browsers report of policies."""
+    websocket_limits: WebSocketLimitsSettings = WebSocketLimitsSettings()
+    """Limits on websockets once they are open, and whose pages may open them."""
 
     versioning: NotBuiltYet = NotBuiltYet()
     """API versions; planned."""

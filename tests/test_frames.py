@@ -30,6 +30,8 @@ INNERMOST = "ExceptionMiddleware.__call__"
 MOST_CALLS = 16
 MOST_CALLS_OF = {"access_log": 60, "auth": 1, "metrics": 26, "rate_limit": 30}
 MOST_CALLS_OF_THE_REST = 30
+# The same for a message of a websocket and the answer to it.
+MOST_CALLS_OF_MESSAGES = 16
 
 
 @pytest.fixture
@@ -84,12 +86,14 @@ class Recorder:
         self.inside: list[Stack] = []
         self.outside: list[Stack] = []
         self.messages: list[str] = []
+        self.incoming: list[Message] = []
         self.calls = 0
         self.app = app = FastAPI()
         app.add_api_route("/ok", self.endpoint)
         app.add_api_route("/override", self.endpoint, dependencies=[SecurityHeaders(x_frame_options=None)])
         app.add_api_route("/stream", self.stream)
         app.add_api_websocket_route("/echo", self.websocket)
+        app.add_api_websocket_route("/talk/{number}", self.talk)
         if hardened:
             harden(app, settings)
 
@@ -113,6 +117,13 @@ class Recorder:
         await websocket.accept()
         await websocket.send_text("ok")
 
+    async def talk(self, websocket: WebSocket, number: int) -> None:
+        """Takes so many messages, and answers each."""
+        await websocket.accept()
+        self.incoming = [{"type": "websocket.receive", "text": "hello"}] * number
+        for _ in range(number):
+            await websocket.send_text(await websocket.receive_text())
+
     async def serve(self, asked: str, app: ASGIApp | None = None) -> "Recorder":
         """Serves two requests; the second one, for which everything has been built, is recorded."""
         for _ in range(2):
@@ -130,7 +141,7 @@ class Recorder:
         return self
 
     async def _receive(self) -> Message:
-        return {"type": "websocket.connect"}
+        return self.incoming.pop() if self.incoming else {"type": "websocket.connect"}
 
     async def _send(self, message: Message) -> None:
         self.outside.append(Stack(sys._getframe()))
@@ -273,6 +284,19 @@ async def test_a_caller_who_is_let_in_costs_few_calls(asked: str, most: int) -> 
     await on.serve(asked)
     assert on.calls - off.calls <= most
     assert on.outside[0].sends == off.outside[0].sends
+
+
+async def test_websocket_limits_take_few_calls_for_each_message() -> None:
+    """What is counted and watched of a message and of the answer to it is a few calls, and no task or timer."""
+    added: list[int] = []
+    for number in (0, 100):
+        calls = []
+        for enabled in (True, False):
+            recorder = Recorder(Settings(websocket_limits={"enabled": enabled}))
+            await recorder.serve(f"WS /talk/{number}")
+            calls.append(recorder.calls)
+        added.append(calls[0] - calls[1])
+    assert (added[1] - added[0]) / 100 <= MOST_CALLS_OF_MESSAGES
 
 
 async def test_calls_do_not_grow_with_the_number_of_routes() -> None:

@@ -23,8 +23,8 @@ from fastapi_hardening.harden import INBOUND
 
 ORDER = (
     "probes, request context, access log, metrics, tracing, security headers, CORS, errors, drain, load shedding, "
-    "request limits, address limit, security.txt, CSP reports, version, authentication, tenancy, rate limit, "
-    "input validation, idempotency, compression, response cache"
+    "request limits, address limit, security.txt, CSP reports, websocket limits, version, authentication, tenancy, "
+    "rate limit, input validation, idempotency, compression, response cache"
 )
 
 
@@ -65,6 +65,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "DrainMiddleware",
         "RequestLimitsMiddleware",
         "AddressLimitMiddleware",
+        "WebSocketLimitsMiddleware",
         "AuthenticationMiddleware",
         "RateLimitMiddleware",
     ]
@@ -80,6 +81,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "drain",
         "request limits",
         "address limit",
+        "websocket limits",
         "authentication",
         "rate limit",
     ]

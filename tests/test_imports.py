@@ -32,6 +32,7 @@ PUBLIC = [
     "RequireUser",
     "SecurityHeaders",
     "Settings",
+    "WebSocketLimits",
     "configure_logging",
     "csp_nonce_context",
     "harden",

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -45,6 +45,12 @@ class Lifecycle:
         drain_deadline_seconds: After this long of draining, new requests are refused.
         events: Where :class:`ApplicationStarted` and :class:`DrainStarted` go.
         clock: Where the time comes from.
+
+    Attributes:
+        draining: The process was asked to end.
+        stops_at: When the server is told to stop, in monotonic seconds; never until the process drains.
+        on_drain: What is called when draining starts, perhaps out of a signal handler: it may not wait, nor touch a
+            loop other than by ``call_soon_threadsafe``.
     """
 
     def __init__(
@@ -56,6 +62,8 @@ class Lifecycle:
         clock: Clock | None = None,
     ) -> None:
         self.draining = False
+        self.stops_at = float("inf")
+        self.on_drain: list[Callable[[], None]] = []
         self._delay = drain_delay_seconds
         self._deadline = drain_deadline_seconds
         self._events = events
@@ -104,7 +112,8 @@ class Lifecycle:
         if self.draining:
             return
         self.draining = True
-        self._refuse_from = self._clock.monotonic() + self._deadline
+        now = self._clock.monotonic()
+        self.stops_at, self._refuse_from = now + self._delay, now + self._deadline
         logger.info(
             "draining: not ready from now on, the server stops in %g s, new requests are refused in %g s",
             self._delay,
@@ -112,6 +121,8 @@ class Lifecycle:
         )
         if self._events is not None:
             self._events.emit(DrainStarted(self._delay, self._deadline))
+        for call in self.on_drain:
+            call()
 
     @contextmanager
     def on_sigterm(self) -> Iterator[None]:

@@ -191,3 +191,37 @@ def origin_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
         if name == b"origin":
             found = value if found is None else b""
     return found
+
+
+_FROM_BROWSERS = (b"basic", b"digest", b"negotiate", b"ntlm")
+
+
+def has_browser_credentials(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a request carries what a browser adds by itself, whoever's page it is: cookies, or a login it keeps."""
+    for name, value in headers:
+        if name == b"cookie":
+            return True
+        if name == b"authorization" and value.partition(b" ")[0].lower() in _FROM_BROWSERS:
+            return True
+    return False
+
+
+_OWN_PORTS = {b"http": b":80", b"https": b":443"}
+
+
+def is_same_origin(origin: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether the page comes from the host that its request goes to, or its browser says so.
+
+    The scheme is not compared, for behind a proxy it is not known. ``X-Forwarded-Host`` counts as well: anybody may
+    write it, except a page, and it is pages that this is about.
+    """
+    scheme, _, authority = origin.lower().partition(b"://")
+    port = _OWN_PORTS.get(scheme, b":")
+    for name, value in headers:
+        if name == b"sec-fetch-site" and value == b"same-origin":
+            return True
+        if name in (b"host", b"x-forwarded-host"):
+            for host in value.lower().split(b","):
+                if authority and host.strip().removesuffix(port) == authority:
+                    return True
+    return False

@@ -54,6 +54,19 @@ def test_draining_ends_in_refusing() -> None:
     assert events.count(DrainStarted) == 1
 
 
+def test_who_wants_to_know_is_called_when_draining_starts() -> None:
+    """Once, when it is known at what time the server will be told to stop."""
+    clock = ManualClock()
+    lifecycle = Lifecycle(drain_delay_seconds=5, clock=clock)
+    told: list[float] = []
+    lifecycle.on_drain.append(lambda: told.append(lifecycle.stops_at))
+    assert lifecycle.stops_at == float("inf")
+    clock.advance(100)
+    lifecycle.drain()
+    lifecycle.drain()
+    assert told == [105]
+
+
 @pytest.fixture
 def servers_handler() -> object:
     """A handler as a server installs one, which notes when it is called."""

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,8 +12,9 @@ from anyio import Path as AsyncPath
 from fastapi import Depends, FastAPI, Request, WebSocket
 from fastapi.responses import PlainTextResponse
 
-from fastapi_hardening import Problem, harden
+from fastapi_hardening import Problem, RateLimit, WebSocketLimits, harden
 from fastapi_hardening.core import context as request_context
+from fastapi_hardening.core.identity import Principal
 
 logging.basicConfig(level=logging.INFO)
 
@@ -100,6 +102,41 @@ async def number(websocket: WebSocket, number: int) -> None:
 async def boom(_websocket: WebSocket) -> None:
     """Fails before it has accepted."""
     raise RuntimeError("a secret of the exception")
+
+
+async def recognise(websocket: WebSocket) -> None:
+    """Knows everybody, for a moment."""
+    request_context.ensure(websocket.scope).principal = Principal("anna", expires_at=time.time() + 0.2)
+
+
+app.websocket("/small", dependencies=[WebSocketLimits(max_message_bytes=100)])(echo)
+app.websocket("/few", dependencies=[WebSocketLimits(messages="3/hour")])(echo)
+app.websocket("/idle", dependencies=[WebSocketLimits(idle_seconds=0.2)])(echo)
+app.websocket("/expiring", dependencies=[Depends(recognise)])(echo)
+app.websocket("/single", dependencies=[WebSocketLimits(max_connections_per_client=1)])(echo)
+app.websocket("/rated", dependencies=[RateLimit("1/hour")])(echo)
+
+
+@app.websocket("/deaf", dependencies=[WebSocketLimits(close_grace_seconds=0.2)])
+async def be_deaf(websocket: WebSocket) -> None:
+    """Waits for something that never happens, and notices nothing."""
+    await websocket.accept()
+    await websocket.send_text("ok")
+    try:
+        await asyncio.Event().wait()
+    finally:
+        logging.getLogger().info("the deaf endpoint has ended")
+
+
+@app.websocket("/pour", dependencies=[WebSocketLimits(max_send_seconds=0.5, close_grace_seconds=0.2)])
+async def pour(websocket: WebSocket) -> None:
+    """Sends without an end, whether it is read or not."""
+    await websocket.accept()
+    try:
+        while True:
+            await websocket.send_bytes(os.urandom(100_000))
+    finally:
+        logging.getLogger().info("the pouring endpoint has ended")
 
 
 app.websocket("/refused", dependencies=[Depends(refuse)])(echo)
