@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
+from fastapi_hardening.core.charge import Declarations
 from fastapi_hardening.core.check import CheckResult, Checks
 from fastapi_hardening.core.client_ip import ClientAddressResolver
 from fastapi_hardening.core.clock import Clock, SystemClock
@@ -86,6 +87,7 @@ class Hardening:
         client_addresses: Finds the client's address.
         table: The routes of the application and of everything mounted under it.
         clock: Where the time comes from.
+        declared_limits: Limits that the application has declared with slowapi; ``None`` for none, and before it serves.
     """
 
     settings: Settings
@@ -99,11 +101,13 @@ class Hardening:
     client_addresses: ClientAddressResolver
     table: RouteTable
     clock: Clock
+    declared_limits: Declarations | None
 
     def __init__(
         self, app: FastAPI, settings: Settings, inbound: Sequence[Slot] = (), *, clock: Clock | None = None
     ) -> None:
         self._inbound = inbound
+        self.declared_limits = None
         self.settings = settings
         self.cors = settings.cors
         self.service_name = settings.service_name or app.title

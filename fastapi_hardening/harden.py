@@ -24,6 +24,7 @@ from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.headers import RawHeaders
 from fastapi_hardening.core.routes import RouteTable
+from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening, Slot
 from fastapi_hardening.observability.access_log import AccessLogMiddleware
 from fastapi_hardening.observability.health import HealthMiddleware
@@ -31,6 +32,7 @@ from fastapi_hardening.observability.metrics import MetricsMiddleware
 from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware
 from fastapi_hardening.performance.fast_routing import FastRouting
 from fastapi_hardening.resilience.drain import DrainMiddleware
+from fastapi_hardening.security import slowapi_limits
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.cors import CorsMiddleware, take_over
 from fastapi_hardening.security.rate_limit import RateLimitMiddleware
@@ -73,7 +75,7 @@ INBOUND: tuple[Slot, ...] = (
     Slot("authentication", "auth", "who calls, and whether the route lets them"),
     Slot("tenancy", "tenancy", "whose data it is about"),
     Slot("rate limit", "rate_limit", "limits by client and route; by identity, plan and tenant once they are known",
-         lambda h, app: RateLimitMiddleware(app, h.settings.rate_limit, clock=h.clock)),
+         lambda h, app: RateLimitMiddleware(app, h.settings.rate_limit, clock=h.clock, declared=h.declared_limits)),
     Slot("input validation", "input_validation", "inspects content"),
     Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
     Slot("compression", "compression", "compresses answers"),
@@ -117,6 +119,7 @@ def harden(app: FastAPI, settings: Settings | None = None, *, clock: Clock | Non
         handle.table.on_rebuilt.append(adopt_all)
         taken = take_over(app, handle.settings.cors)
         handle.cors = taken or handle.settings.cors
+        _adopt_slowapi(handle, app)
         inner = build()
         # Mounted in another hardened application, ours step aside, but a policy that was taken over still holds.
         bare = inner if taken is None else CorsMiddleware(inner, taken)
@@ -152,6 +155,16 @@ def _around(handle: Hardening, inner: ASGIApp, bare: ASGIApp) -> ASGIApp:
         if slot.build is not None and (handle.state_of(slot) == "on" or slot.setting == "request_id"):
             app = slot.build(handle, app)
     return _StepAside(app, bare)
+
+
+def _adopt_slowapi(handle: Hardening, app: FastAPI) -> None:
+    """Has the rate limit enforce what the application has declared with slowapi."""
+    if not handle.settings.rate_limit.enabled:
+        return
+    shared = not isinstance(handle.store, MemoryStore)
+    found = handle.declared_limits = slowapi_limits.adopt(handle.table, clock=handle.clock, shared=shared)
+    if found is not None and found.asks_behind_middlewares:
+        app.router.middleware_stack = slowapi_limits.BehindMiddlewares(app.router.middleware_stack)
 
 
 def _adopting(handle: Hardening) -> Callable[[RouteTable], None]:

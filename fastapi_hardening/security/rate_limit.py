@@ -247,10 +247,13 @@ class Together:
         return b", ".join(budget.state(part) for budget, part in self.parts(decisions))
 
     def problem(self, decisions: list[Decision]) -> Problem:
-        """The refusal by the first budget that refuses."""
-        refusing = (each for each in self.parts(decisions) if not all(decision.allowed for decision in each[1]))
-        budget, part = next(refusing)
-        return budget.problem(part)
+        """The refusal by the budget that refuses longest."""
+        problems = [
+            budget.problem(part)
+            for budget, part in self.parts(decisions)
+            if not all(decision.allowed for decision in part)
+        ]
+        return max(problems, key=lambda problem: int((problem.headers or {})["Retry-After"]))
 
 
 class Asked(NamedTuple):
@@ -344,7 +347,7 @@ class RateLimitMiddleware:
         if not isinstance(verdict, Verdict):
             await (self.app(scope, receive, send) if verdict is None else self._bar(verdict, scope, receive, send))
             return
-        if self.settings.headers or verdict.spent:
+        if self.settings.headers or self._declared is not None:
             send = self._telling(verdict, context, send)
         if not verdict.allowed and await self._has_refused(verdict, scope, receive, send):
             return
