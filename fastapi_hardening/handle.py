@@ -12,10 +12,12 @@ from fastapi_hardening.core.check import CheckResult, Checks
 from fastapi_hardening.core.client_ip import ClientAddressResolver
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.events import Events
+from fastapi_hardening.core.keys import AllowList
 from fastapi_hardening.core.lifecycle import Lifecycle
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore
 from fastapi_hardening.observability.metrics import Recorder
+from fastapi_hardening.security.bans import BanList
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.settings import Settings
 
@@ -82,6 +84,8 @@ class Hardening:
         events: Facts that concerns tell; subscribe to them.
         checks: Health checks; add your own.
         metrics: What is recorded; add your own series and functions.
+        bans: Who is banned; add and lift bans here.
+        allow: Who is never limited nor banned; ``None`` for nobody.
         store: Where shared state is kept.
         lifecycle: Whether the process starts, serves or drains.
         client_addresses: Finds the client's address.
@@ -96,6 +100,8 @@ class Hardening:
     events: Events
     checks: Checks
     metrics: Recorder
+    bans: BanList
+    allow: AllowList | None
     store: StateStore
     lifecycle: Lifecycle
     client_addresses: ClientAddressResolver
@@ -121,6 +127,14 @@ class Hardening:
             clock=self.clock,
         )
         self.store = MemoryStore(clock=self.clock)
+        self.allow = AllowList(settings.rate_limit.allow) if settings.rate_limit.allow else None
+        self.bans = BanList(
+            settings.bans,
+            allow=self.allow,
+            events=self.events,
+            clock=self.clock,
+            store=_shared(self.store),
+        )
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(
             settings.trusted_proxies, forwarded_header=settings.forwarded_header, events=self.events
@@ -153,6 +167,11 @@ class Hardening:
         if proxy is None:
             return CheckResult("pass")
         return CheckResult("warn", f"{proxy} sends forwarding headers; if it is your proxy, add it to trusted_proxies")
+
+
+def _shared(store: StateStore) -> StateStore | None:
+    """The store, if other processes see it too."""
+    return None if isinstance(store, MemoryStore) else store
 
 
 def _policies(entry: RouteEntry) -> RoutePolicies:

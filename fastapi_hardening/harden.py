@@ -23,6 +23,7 @@ from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.headers import RawHeaders
+from fastapi_hardening.core.problem import Problem
 from fastapi_hardening.core.routes import RouteTable
 from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening, Slot
@@ -70,12 +71,14 @@ INBOUND: tuple[Slot, ...] = (
          lambda h, app: RequestLimitsMiddleware(
              app, h.settings.request_limits, allowed_hosts=h.settings.allowed_hosts, clock=h.clock)),
     Slot("address limit", "address_limit", "flood guard by client address, without I/O",
-         lambda h, app: AddressLimitMiddleware(app, h.settings.address_limit, clock=h.clock)),
+         lambda h, app: AddressLimitMiddleware(
+             app, h.settings.address_limit, clock=h.clock, allow=h.allow, banned=_banned(h))),
     Slot("version", "versioning", "which version of the API is asked for"),
     Slot("authentication", "auth", "who calls, and whether the route lets them"),
     Slot("tenancy", "tenancy", "whose data it is about"),
     Slot("rate limit", "rate_limit", "limits by client and route; by identity, plan and tenant once they are known",
-         lambda h, app: RateLimitMiddleware(app, h.settings.rate_limit, clock=h.clock, declared=h.declared_limits)),
+         lambda h, app: RateLimitMiddleware(
+             app, h.settings.rate_limit, clock=h.clock, declared=h.declared_limits, banned=_banned(h))),
     Slot("input validation", "input_validation", "inspects content"),
     Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
     Slot("compression", "compression", "compresses answers"),
@@ -155,6 +158,10 @@ def _around(handle: Hardening, inner: ASGIApp, bare: ASGIApp) -> ASGIApp:
         if slot.build is not None and (handle.state_of(slot) == "on" or slot.setting == "request_id"):
             app = slot.build(handle, app)
     return _StepAside(app, bare)
+
+
+def _banned(handle: Hardening) -> Callable[[str], Problem | None] | None:
+    return handle.bans.refusal if handle.settings.bans.enabled else None
 
 
 def _adopt_slowapi(handle: Hardening, app: FastAPI) -> None:

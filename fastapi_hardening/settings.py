@@ -29,6 +29,7 @@ from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
+from fastapi_hardening.security.bans import BansSettings
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.security.rate_limit import RateLimitSettings
 from fastapi_hardening.security.request_limits import RequestLimitsSettings
@@ -171,6 +172,9 @@ class Settings(BaseSettings):
 
     address_limit: AddressLimitSettings = AddressLimitSettings()
     """The flood guard by address."""
+
+    bans: BansSettings = BansSettings()
+    """Who is shut out for a while."""
 
     versioning: NotBuiltYet = NotBuiltYet()
     """API versions; planned."""

@@ -198,13 +198,13 @@ def test_several_decorators_and_the_same_name_twice() -> None:
 
     first = t
 
-    @app.get("/t2")
+    @app.get("/t2")  # type: ignore[no-redef]
     @limiter.limit("3/minute")
-    async def t(request: Request) -> str:  # type: ignore[no-redef]
+    async def t(request: Request) -> str:
         return "test"
 
-    @app.get("/t3")
-    async def t(request: Request) -> str:  # type: ignore[no-redef]
+    @app.get("/t3")  # type: ignore[no-redef]
+    async def t(request: Request) -> str:
         return "test"
 
     assert first is not t
