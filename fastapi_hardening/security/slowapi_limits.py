@@ -42,7 +42,6 @@ from functools import lru_cache
 from typing import Any
 
 from anyio import from_thread
-from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -145,7 +144,7 @@ class _Plan:
         functions: The endpoint and everything that its decorators have wrapped.
         place: What its own budgets are called: its path template, or its function.
         app: Its application.
-        home: The limiter of its application.
+        around: The limiters of its application and of those that this one is mounted in, the outermost first.
         lifted_by: The limiters from which it is exempt.
         decorated: What decorators on it declare, by limiter: a limit, or a group that is made for each request.
     """
@@ -153,7 +152,7 @@ class _Plan:
     functions: tuple[Any, ...]
     place: str
     app: Any
-    home: Any
+    around: list[Any]
     lifted_by: list[Any] = field(default_factory=list)
     decorated: list[tuple[Any, list[Any]]] = field(default_factory=list)
 
@@ -187,7 +186,6 @@ class SlowapiLimits:
         self._table = table
         self._time = (clock or SystemClock()).time
         self._plans: dict[RouteEntry, _Plan] = {}
-        self._owners: dict[int, Any] = {}
         self._fixed: dict[int, tuple[Any, list[Any]]] = {}
         self._complained: set[str] = set()
         table.on_rebuilt.append(self.begin_anew)
@@ -225,14 +223,12 @@ class SlowapiLimits:
                     limits = [group]
                     seen.by_decorators.append((limiter, group))
                 overridden = overridden or any(limit.override_defaults for limit in limits)
-        home = plan.home
         lifted = any(_is_on(limiter) for limiter in plan.lifted_by)
-        if _is_on(home) and not lifted:
-            for group in (*home._application_limits, *(home._default_limits if defaults and not overridden else ())):
-                try:
-                    charges += self._charged(home, self._limits(group, request), plan, request, context, default=True)
-                except _TooEarly:
-                    seen.by_default.append((home, group))
+        for limiter, group in () if lifted else _defaults_of(plan, alone=defaults and not overridden):
+            try:
+                charges += self._charged(limiter, self._limits(group, request), plan, request, context, default=True)
+            except _TooEarly:
+                seen.by_default.append((limiter, group))
         # One that is declared twice in the same words is one.
         different = {(charge.budget, charge.limits, charge.key): charge for charge in reversed(charges)}
         return tuple(reversed(different.values())) if charges or lifted else None
@@ -325,33 +321,22 @@ class SlowapiLimits:
         return counted(name_of(function), str(found))
 
     def _planned(self, entry: RouteEntry, scope: Scope) -> _Plan:
-        root = scope.get("app")
-        app = self._owner_of(entry.endpoint) or root
-        home = limiter_of(app) or limiter_of(root)
+        apps = entry.applications or (scope.get("app"),)
+        around = [limiter for limiter in map(limiter_of, apps) if limiter is not None]
         name = _name(entry.endpoint)
-        by_name = home is not None and home._key_style == "endpoint" and name
+        by_name = bool(around and around[-1]._key_style == "endpoint" and name)
         functions = tuple(_unwrapped(entry.endpoint))
-        plan = self._plans[entry] = _Plan(functions, name if by_name else str(entry.template), app, home)
-        limiters = [each for each in (home, *_limiters_around(entry.endpoint)) if each is not None]
-        for limiter in {id(each): each for each in limiters}.values():
+        plan = self._plans[entry] = _Plan(functions, name if by_name else str(entry.template), apps[-1], around)
+        for limiter in {id(each): each for each in (*around, *_limiters_around(entry.endpoint))}.values():
             if name in limiter._exempt_routes:
                 plan.lifted_by.append(limiter)
             else:
                 plan.decorated.append((limiter, _declared_on(limiter, name, functions)))
         return plan
 
-    def _owner_of(self, endpoint: Any) -> Any:
-        """The application, of those in the tree, that has a route to an endpoint."""
-        if not self._owners:
-            for app in self._table.applications:
-                for route in iter_route_contexts(app.router.routes):
-                    self._owners.setdefault(id(route.endpoint), app)
-        return self._owners.get(id(endpoint))
-
     def begin_anew(self, _table: RouteTable) -> None:
         """Forgets what it knows of routes, which have changed."""
         self._plans.clear()
-        self._owners.clear()
         self.listen()
 
     def listen(self) -> None:
@@ -472,6 +457,16 @@ def adopt(table: RouteTable, *, clock: Clock | None = None, shared: bool = False
     return found
 
 
+def _defaults_of(plan: _Plan, *, alone: bool) -> Iterator[tuple[Any, Any]]:
+    """The limits of whole applications; the default is that of the innermost, if it stands ``alone`` on the route."""
+    on = [limiter for limiter in plan.around if _is_on(limiter)]
+    for limiter in on:
+        for group in limiter._application_limits:
+            yield limiter, group
+    for group in on[-1]._default_limits if on and alone else ():
+        yield on[-1], group
+
+
 def limiter_of(app: Any) -> Any:
     """The limiter of an application, if it has one."""
     from slowapi import Limiter
@@ -585,7 +580,7 @@ def _name(endpoint: Any) -> str:
 
 
 def _is_on(limiter: Any) -> bool:
-    return limiter is not None and limiter.enabled and limiter._auto_check
+    return bool(limiter.enabled and limiter._auto_check)
 
 
 @lru_cache(maxsize=1024)

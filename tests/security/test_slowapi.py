@@ -739,6 +739,30 @@ def test_limiters_of_modules_and_of_mounted_applications_hold_too() -> None:
     assert child.user_middleware == []
 
 
+def test_a_mounted_application_is_part_of_the_outer_one() -> None:
+    """Its limiter stands in place of the default only; the outer application's own limit counts everything."""
+    app, _ = build(default_limits=["1/minute"], application_limits=["5/minute"])
+    middle, _ = build(default_limits=["2/minute"])
+    inner = FastAPI()
+    inner.get("/x")(lambda: "x")
+    middle.mount("/inner", inner)
+    app.mount("/middle", middle)
+    site = Site(app)
+    assert site.statuses("/middle/inner/x", 3) == [200, 200, 429]
+    assert site.statuses("/middle/nope", 3) == [404, 404, 429]
+    assert site.statuses("/nope", 2) == [404, 429]
+    site.clock.advance(60)
+    # The shared five: only what passed was spent.
+    assert site.statuses("/middle/inner/x", 2) + site.statuses("/middle/nope", 2) + site.statuses("/nope", 1) == [
+        200,
+        200,
+        404,
+        404,
+        404,
+    ]
+    assert site.statuses("/middle/nope", 1) == [429]
+
+
 def test_a_decorator_above_the_route_holds() -> None:
     """In slowapi it does nothing."""
     app, limiter = build()
