@@ -20,7 +20,7 @@ class Charge(NamedTuple):
     """Units of one budget.
 
     Attributes:
-        budget: What tells the budget from others; the same in every worker.
+        budget: What tells the budget from others, its limits included; the same in every worker.
         limits: The limits of the budget.
         strategy: How they are counted.
         key: Whose units they are.

@@ -488,9 +488,10 @@ class RateLimitMiddleware:
 
     async def spend(self, asked: Sequence[Asked]) -> Verdict:
         """Spends the units of all budgets, or of none."""
-        if len(asked) == 1 and asked[0].charge is None:
-            [(budget, key, cost, _)] = asked
-            return Verdict(budget, key, await budget.spend(key, cost))
+        if len(asked) == 1:
+            [(budget, key, cost, charge)] = asked
+            decisions = await budget.spend(key, cost)
+            return Verdict(budget, key, decisions, () if charge is None else (Spent(charge, decisions),))
         refused = self._looked(asked)
         return refused or self._verdict(asked, [await each.budget.spend(each.key, each.cost) for each in asked])
 
@@ -531,7 +532,7 @@ class RateLimitMiddleware:
         return self._computed_budget((override.scope_name or override, limits), limits, strategy)
 
     def _charged(self, charge: Charge) -> Asked:
-        budget = self._computed_budget((charge.budget, charge.limits), charge.limits, charge.strategy)
+        budget = self._computed_budget(charge.budget, charge.limits, charge.strategy)
         return Asked(budget, charge.key, charge.cost, charge)
 
     def _computed_budget(self, identity: Hashable, limits: tuple[Limit, ...], strategy: Strategy) -> Budget:

@@ -83,6 +83,9 @@ READ_OF_LIMITER = (
 )
 """What is read of a ``Limiter``; most of it is private, so a test holds that it is there and means what it meant."""
 
+# Limits of a group that is made for each request are other ones each time; only so many are remembered.
+_MOST_READY = 32
+
 # The keys of `_header_mapping`, and what the decorators look for when the endpoint has answered.
 _RESET, _REMAINING, _LIMIT, _RETRY_AFTER = 1, 2, 3, 4
 _VIEW = "view_rate_limit"
@@ -147,6 +150,7 @@ class _Plan:
         around: The limiters of its application and of those that this one is mounted in, the outermost first.
         lifted_by: The limiters from which it is exempt.
         decorated: What decorators on it declare, by limiter: a limit, or a group that is made for each request.
+        ready: Charges of limits that need nothing but the client, by the identity of the limit.
     """
 
     functions: tuple[Any, ...]
@@ -155,6 +159,33 @@ class _Plan:
     around: list[Any]
     lifted_by: list[Any] = field(default_factory=list)
     decorated: list[tuple[Any, list[Any]]] = field(default_factory=list)
+    ready: dict[int, Charge] = field(default_factory=dict)
+
+
+class _Once:
+    """A request as functions of the application see it, made when the first of them asks for it.
+
+    Args:
+        scope: The connection.
+        context: What is known about it.
+        plan: What is declared on its route.
+        kind: What is made of the scope; by default a request that is not routed yet.
+    """
+
+    __slots__ = ("_context", "_kind", "_made", "_plan", "_scope")
+
+    def __init__(self, scope: Scope, context: RequestContext, plan: _Plan, kind: Any = None) -> None:
+        self._scope = scope
+        self._context = context
+        self._plan = plan
+        self._kind = kind
+        self._made: Any = None
+
+    def __call__(self) -> Any:
+        if self._made is None:
+            kind = self._kind or (_EarlyRequest if self._scope["type"] == "http" else _Early)
+            self._made = kind(_believed(self._scope, self._context, self._plan))
+        return self._made
 
 
 class _Seen:
@@ -211,7 +242,7 @@ class SlowapiLimits:
         entry = route_of(scope)
         plan = self._plans.get(entry) or self._planned(entry, scope)
         seen = context.state[SlowapiLimits] = _Seen(self, plan, spender)
-        request = _early(scope, context, plan)
+        request = _Once(scope, context, plan)
         charges: list[Charge] = []
         overridden = False
         for limiter, groups in plan.decorated:
@@ -230,13 +261,14 @@ class SlowapiLimits:
             except _TooEarly:
                 seen.by_default.append((limiter, group))
         # One that is declared twice in the same words is one.
-        different = {(charge.budget, charge.limits, charge.key): charge for charge in reversed(charges)}
-        return tuple(reversed(different.values())) if charges or lifted else None
+        if len(charges) > 1:
+            charges = list({(charge.budget, charge.key): charge for charge in charges}.values())
+        return charges if charges or lifted else None
 
     def late_defaults(self, seen: _Seen, scope: Scope, context: RequestContext) -> list[Charge]:
         """The defaults that had to wait for the middlewares of the application."""
         groups, seen.by_default = seen.by_default, []
-        request: Any = (Request if scope["type"] == "http" else _Early)(_believed(scope, context, seen.plan))
+        request = _Once(scope, context, seen.plan, Request if scope["type"] == "http" else _Early)
         return [
             charge
             for limiter, group in groups
@@ -248,15 +280,16 @@ class SlowapiLimits:
     def late_decorators(self, seen: _Seen, request: Request, context: RequestContext) -> list[Charge]:
         """What decorators declare that had to wait for the endpoint."""
         groups, seen.by_decorators = seen.by_decorators, []
-        believed = copy.copy(request)
-        believed.scope = _believed(request.scope, context, seen.plan)
+        seen_by_them = copy.copy(request)
+        seen_by_them.scope = _believed(request.scope, context, seen.plan)
+        believed = _Once(request.scope, context, seen.plan, lambda _scope: seen_by_them)
         return [
             charge
             for limiter, group in groups
             for charge in self._charged(limiter, self._limits(group, believed), seen.plan, believed, context)
         ]
 
-    def _limits(self, group: Any, request: Any) -> list[Any]:
+    def _limits(self, group: Any, request: "_Once") -> list[Any]:
         """The limits of a group, as slowapi makes them; a limit is one already."""
         if not hasattr(group, "with_request"):
             return [group]
@@ -264,7 +297,7 @@ class SlowapiLimits:
         if known is not None:
             return known[1]
         try:
-            limits = list(group.with_request(request))
+            limits = list(group.with_request(request()))
         except ValueError as error:
             self._complain("%r gives what is no limit (%s); other limits hold", getattr(group, PROVIDER), error)
             return []
@@ -278,38 +311,57 @@ class SlowapiLimits:
         limiter: Any,
         limits: list[Any],
         plan: _Plan,
-        request: Any,
+        request: "_Once",
         context: RequestContext,
         *,
         default: bool = False,
     ) -> list[Charge]:
         charges = []
         for limit in limits:
-            if limit.methods is not None and request.method.lower() not in limit.methods:
+            ready = plan.ready.get(id(limit))
+            if ready is not None and ready.source[1] is limit:
+                budget, ours, strategy, _, cost, source = ready
+                charges.append(Charge(budget, ours, strategy, context.client.key, cost, source))
                 continue
-            if limit.is_exempt(request) if limit._exempt_when_takes_request else limit.is_exempt():
-                continue
-            scope = getattr(limit, SCOPE) or plan.place
-            scope = scope(plan.place) if callable(scope) else scope
-            scope = f"{scope}:{request.method}" if limit.per_method else scope
-            cost = limit.cost(request) if callable(limit.cost) else limit.cost
-            charges.append(
-                Charge(
-                    budget=f"slowapi {limiter._key_prefix or ''} {scope}",
-                    limits=(_counted_as(limit.limit),),
-                    strategy=_strategy_of(limiter),
-                    key=self._key(limiter, limit.key_func, request, context, default=default),
-                    cost=max(0, math.ceil(cost)),
-                    source=(limiter, limit),
-                )
-            )
+            charge = self._charge(limiter, limit, plan, request, context, default=default)
+            if charge is not None:
+                charges.append(charge)
+                if _needs_nothing(limit) and len(plan.ready) < _MOST_READY:
+                    plan.ready[id(limit)] = charge
         return charges
 
-    def _key(self, limiter: Any, function: Any, request: Any, context: RequestContext, *, default: bool) -> str:
+    def _charge(
+        self,
+        limiter: Any,
+        limit: Any,
+        plan: _Plan,
+        request: "_Once",
+        context: RequestContext,
+        *,
+        default: bool,
+    ) -> Charge | None:
+        if limit.methods is not None and request().method.lower() not in limit.methods:
+            return None
+        if limit.is_exempt(request()) if limit._exempt_when_takes_request else limit.is_exempt():
+            return None
+        scope = getattr(limit, SCOPE) or plan.place
+        scope = scope(plan.place) if callable(scope) else scope
+        scope = f"{scope}:{request().method}" if limit.per_method else scope
+        ours = _counted_as(limit.limit)
+        return Charge(
+            budget=f"slowapi {limiter._key_prefix or ''} {scope} {ours.name}",
+            limits=(ours,),
+            strategy=_strategy_of(limiter),
+            key=self._key(limiter, limit.key_func, request, context, default=default),
+            cost=max(0, math.ceil(limit.cost(request()) if callable(limit.cost) else limit.cost)),
+            source=(limiter, limit),
+        )
+
+    def _key(self, limiter: Any, function: Any, request: "_Once", context: RequestContext, *, default: bool) -> str:
         if _is_address(function):
             return context.client.key
         try:
-            found = function(request) if _takes_request(function) else function()
+            found = function(request()) if _takes_request(function) else function()
         except Exception as error:
             # A default also holds on paths for which the function was not made.
             if not default and not limiter._swallow_errors:
@@ -372,8 +424,10 @@ class SlowapiLimits:
         refused = next((each for each in spent if each.refused_by is not None), None)
         shown = refused or min(spent, key=lambda each: each.decisions[0].remaining)
         limiter, limit = shown.charge.source
-        [decision] = shown.decisions
         enabled = limiter._headers_enabled
+        if refused is None and not enabled:
+            return
+        [decision] = shown.decisions
         names = {key: name.lower().encode("latin-1") for key, name in limiter._header_mapping.items()}
         now = self._time()
         if enabled:
@@ -617,6 +671,13 @@ def _believed(scope: Scope, context: RequestContext, plan: _Plan) -> Scope:
     return {**scope, "client": (context.client.address, peer[1] if peer else 0), "app": plan.app}
 
 
-def _early(scope: Scope, context: RequestContext, plan: _Plan) -> _Early:
-    kind = _EarlyRequest if scope["type"] == "http" else _Early
-    return kind(_believed(scope, context, plan))
+def _needs_nothing(limit: Any) -> bool:
+    """Whether what a limit costs, and whom, is the same for all requests of an address."""
+    return (
+        limit.methods is None
+        and limit.exempt_when is None
+        and not limit.per_method
+        and not callable(limit.cost)
+        and not callable(getattr(limit, SCOPE))
+        and _is_address(limit.key_func)
+    )
