@@ -460,19 +460,28 @@ class RateLimitMiddleware:
 
     async def spend_late(self, charges: Sequence[Charge], context: RequestContext) -> tuple[Problem, Spent] | None:
         """Spends what could only be worked out further in, of all budgets or of none."""
-        asked = [self._charged(charge) for charge in charges]
-        ban = self.barred(asked)
-        return (ban, Spent(charges[0], ())) if ban else self._late(await self.spend(asked), context)
-
-    def spend_now(self, charges: Sequence[Charge], context: RequestContext) -> tuple[Problem, Spent] | None:
-        """The same where nothing can be awaited, counted in this process."""
-        asked = [self._charged(charge) for charge in charges]
+        asked = self._late_asked(charges)
         ban = self.barred(asked)
         if ban:
             return ban, Spent(charges[0], ())
+        return self._late(await self.spend(asked), context) if asked else None
+
+    def spend_now(self, charges: Sequence[Charge], context: RequestContext) -> tuple[Problem, Spent] | None:
+        """The same where nothing can be awaited, counted in this process."""
+        asked = self._late_asked(charges)
+        ban = self.barred(asked)
+        if ban:
+            return ban, Spent(charges[0], ())
+        if not asked:
+            return None
         refused = self._looked(asked)
         said = refused or self._verdict(asked, [each.budget.hit(each.key, each.cost) for each in asked])
         return self._late(said, context)
+
+    def _late_asked(self, charges: Sequence[Charge]) -> list[Asked]:
+        if self._allow is not None and any(self._allow.has_key(charge.key) for charge in charges):
+            return []
+        return [self._charged(charge) for charge in charges]
 
     def _late(self, verdict: Verdict, context: RequestContext) -> tuple[Problem, Spent] | None:
         """What to refuse with, if a verdict is no; answers say what was left then."""

@@ -303,6 +303,14 @@ def test_keys_may_be_combined() -> None:
     assert kit.statuses("/", 1, **{"X-User": "bert"}) + kit.statuses("/", 2) == [200, 200, 429]
 
 
+def test_the_settings_read_keys_and_clients_as_the_environment_has_them() -> None:
+    """With commas."""
+    read = RateLimitSettings(key="principal, address", allow="10.0.0.0/8, principal=monitor")  # type: ignore[arg-type]
+    assert (read.key, read.allow) == (("principal", "address"), ("10.0.0.0/8", "principal=monitor"))
+    with pytest.raises(ValueError, match="network"):
+        RateLimitSettings(allow=("nobody",))
+
+
 def test_who_is_known_is_told_apart_behind_an_unknown_proxy_too() -> None:
     """Only those who are not share the wider default of the proxy."""
     kit = identified(default="1/minute", key="principal", unknown_proxy_factor=3)

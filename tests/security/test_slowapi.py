@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from slowapi import Limiter, _rate_limit_exceeded_handler
 from slowapi.errors import RateLimitExceeded
 from slowapi.middleware import SlowAPIASGIMiddleware, SlowAPIMiddleware
@@ -588,6 +590,34 @@ def test_a_default_counts_by_what_a_middleware_finds_out() -> None:
     assert [event.key for event in refused] == ["by_user=anna", HERE, HERE]
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_bans_and_the_allow_list_hold_for_what_is_counted_later(asynchronous: bool) -> None:
+    """By a decorator or by a default, once it is known who calls."""
+    app, limiter = build(key_func=by_user, default_limits=["2/minute"])
+    app.add_middleware(SetsUser)
+
+    async def later(request: Request) -> str:
+        return "test"
+
+    def now(request: Request) -> str:
+        return "test"
+
+    app.get("/decorated")(limiter.limit("2/minute")(later if asynchronous else now))
+    app.get("/default")(lambda: "test")
+    site = Site(app, rate_limit={"allow": ["by_user=monitor"]}, bans={"after_refusals": 1})
+    site.handle.bans.add("by_user=mallory", 60)
+    refused: list[RequestRefused] = []
+    site.handle.events.subscribe(RequestRefused, refused.append)
+    for path in ("/decorated", "/default"):
+        answer = site.client().get(path, headers={"X-User": "mallory"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "60")
+        assert answer.json()["type"].endswith("#abnormal-usage-detected")
+        assert site.statuses(path, 5, **{"X-User": "monitor"}) == [200] * 5
+    assert [event.key for event in refused] == [None, None]
+    assert site.statuses("/decorated", 3, **{"X-User": "anna"}) == [200, 200, 429]
+    assert site.handle.bans.find("by_user=anna") is not None
+
+
 def test_what_only_waits_is_still_limited_by_our_default() -> None:
     """A caller that never gets as far as the decorator, such as one with a wrong parameter."""
     app, limiter = build()
@@ -890,6 +920,52 @@ def test_the_storage_of_slowapi_is_not_used(caplog: pytest.LogCaptureFixture) ->
         assert site.statuses("/", 2) == [200, 429]
     assert "storage_uri" in caplog.text
     assert site.client().get("/").json() == {"error": "Rate limit exceeded: 1 per 1 minute"}
+
+
+# --- beside slowapi itself ---------------------------------------------------------------------------------------------
+
+DECORATOR = st.fixed_dictionaries(
+    {"limit_value": st.sampled_from(["1/day", "2/day", "3/day"])},
+    optional={
+        "cost": st.integers(1, 2),
+        "per_method": st.booleans(),
+        "methods": st.sampled_from([["GET"], ["post"]]),
+        "override_defaults": st.booleans(),
+    },
+)
+
+
+def decorated_at_will(decorators: list[dict[str, Any] | None], defaults: list[str]) -> FastAPI:
+    """An application with a route for each decorator, in the one shape in which slowapi misses nothing."""
+    app, limiter = build(default_limits=defaults)
+    app.add_middleware(SlowAPIMiddleware)
+    for number, decorator in enumerate(decorators):
+
+        async def endpoint(request: Request) -> Any:
+            return PlainTextResponse("ok")
+
+        endpoint.__name__ = f"endpoint{number}"
+        chosen = endpoint if decorator is None else limiter.limit(**decorator)(endpoint)
+        app.add_api_route(f"/{number}", chosen, methods=["GET", "POST"])
+    return app
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.none() | DECORATOR, min_size=1, max_size=3),
+    st.sampled_from([[], ["1/day"], ["2/day"]]),
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["GET", "POST"])), max_size=14),
+)
+def test_where_slowapi_looks_it_decides_the_same(
+    decorators: list[dict[str, Any] | None], defaults: list[str], asked: list[tuple[int, str]]
+) -> None:
+    """Route by route, whatever its decorators say."""
+    hardened = decorated_at_will(decorators, defaults)
+    harden(hardened, Settings(_env_file=None), clock=ManualClock())
+    theirs, ours = TestClient(decorated_at_will(decorators, defaults)), TestClient(hardened)
+    for number, method in asked:
+        path = f"/{number % len(decorators)}"
+        assert ours.request(method, path).status_code == theirs.request(method, path).status_code, (method, path)
 
 
 # --- the contract with slowapi ----------------------------------------------------------------------------------------
