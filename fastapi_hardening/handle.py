@@ -8,11 +8,13 @@ from fastapi import FastAPI
 from prometheus_client import Gauge
 from starlette.types import ASGIApp
 
+from fastapi_hardening.core.charge import Declarations
 from fastapi_hardening.core.check import CheckResult, Checks
 from fastapi_hardening.core.client_ip import ClientAddressResolver
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.identity import Authenticator
+from fastapi_hardening.core.keys import AllowList
 from fastapi_hardening.core.lifecycle import Lifecycle
 from fastapi_hardening.core.redis_store import RedisStore
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
@@ -22,6 +24,7 @@ from fastapi_hardening.security.auth.gate import Gate
 from fastapi_hardening.security.auth.keys import RemoteKeys
 from fastapi_hardening.security.auth.overrides import is_open
 from fastapi_hardening.security.auth.rbac import PermissionsOf
+from fastapi_hardening.security.bans import BanList
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.settings import Settings
 
@@ -90,12 +93,15 @@ class Hardening:
         events: Facts that concerns tell; subscribe to them.
         checks: Health checks; add your own.
         metrics: What is recorded; add your own series and functions.
+        bans: Who is banned; add and lift bans here.
+        allow: Who is never limited nor banned; ``None`` for nobody.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
         client_addresses: Finds the client's address.
         table: The routes of the application and of everything mounted under it.
         clock: Where the time comes from.
+        declared_limits: Limits that the application has declared with slowapi; ``None`` for none, and before it serves.
     """
 
     settings: Settings
@@ -104,12 +110,15 @@ class Hardening:
     events: Events
     checks: Checks
     metrics: Recorder
+    bans: BanList
+    allow: AllowList | None
     store: StateStore
     auth: Gate
     lifecycle: Lifecycle
     client_addresses: ClientAddressResolver
     table: RouteTable
     clock: Clock
+    declared_limits: Declarations | None
 
     def __init__(
         self,
@@ -122,6 +131,7 @@ class Hardening:
         clock: Clock | None = None,
     ) -> None:
         self._inbound = inbound
+        self.declared_limits = None
         self.settings = settings
         self.cors = settings.cors
         self.service_name = settings.service_name or app.title
@@ -144,6 +154,14 @@ class Hardening:
             store=self.store,
             events=self.events,
             clock=self.clock,
+        )
+        self.allow = AllowList(settings.rate_limit.allow) if settings.rate_limit.allow else None
+        self.bans = BanList(
+            settings.bans,
+            allow=self.allow,
+            events=self.events,
+            clock=self.clock,
+            store=_shared(self.store),
         )
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(
@@ -201,6 +219,11 @@ class Hardening:
         if proxy is None:
             return CheckResult("pass")
         return CheckResult("warn", f"{proxy} sends forwarding headers; if it is your proxy, add it to trusted_proxies")
+
+
+def _shared(store: StateStore) -> StateStore | None:
+    """The store, if other processes see it too."""
+    return None if isinstance(store, MemoryStore) else store
 
 
 def _policies(entry: RouteEntry, *, required: bool) -> RoutePolicies:

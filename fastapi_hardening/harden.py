@@ -25,7 +25,9 @@ from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.headers import RawHeaders
 from fastapi_hardening.core.identity import Authenticator
 from fastapi_hardening.core.policy import Guard, allow_nobody, either
+from fastapi_hardening.core.problem import Problem
 from fastapi_hardening.core.routes import RouteTable, table_of
+from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening, Slot
 from fastapi_hardening.observability.access_log import AccessLogMiddleware
 from fastapi_hardening.observability.health import HealthMiddleware, details_guard
@@ -33,7 +35,7 @@ from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_g
 from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware
 from fastapi_hardening.performance.fast_routing import FastRouting
 from fastapi_hardening.resilience.drain import DrainMiddleware
-from fastapi_hardening.security import csp_reports, security_txt
+from fastapi_hardening.security import csp_reports, security_txt, slowapi_limits
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.auth import openapi as auth_openapi
 from fastapi_hardening.security.auth.layer import AuthenticationMiddleware, check_routes, demand_again
@@ -87,7 +89,8 @@ INBOUND: tuple[Slot, ...] = (
          lambda h, app: RequestLimitsMiddleware(
              app, h.settings.request_limits, allowed_hosts=h.settings.allowed_hosts, clock=h.clock)),
     Slot("address limit", "address_limit", "flood guard by client address, without I/O",
-         lambda h, app: AddressLimitMiddleware(app, h.settings.address_limit, clock=h.clock)),
+         lambda h, app: AddressLimitMiddleware(
+             app, h.settings.address_limit, clock=h.clock, allow=h.allow, banned=_banned(h))),
     Slot("security.txt", "security_txt", "whom to tell of a vulnerability",
          lambda h, app: SecurityTxtMiddleware(app, h.settings.security_txt)),
     Slot("CSP reports", "csp_reports", "takes and counts what browsers report of policies",
@@ -100,7 +103,8 @@ INBOUND: tuple[Slot, ...] = (
          lambda h, app: AuthenticationMiddleware(app, gate=h.auth)),
     Slot("tenancy", "tenancy", "whose data it is about"),
     Slot("rate limit", "rate_limit", "limits by client and route; by identity, plan and tenant once they are known",
-         lambda h, app: RateLimitMiddleware(app, h.settings.rate_limit, clock=h.clock, store=h.store)),
+         lambda h, app: RateLimitMiddleware(
+             app, h.settings.rate_limit, clock=h.clock, store=h.store, declared=h.declared_limits, banned=_banned(h))),
     Slot("input validation", "input_validation", "inspects content"),
     Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
     Slot("compression", "compression", "compresses answers"),
@@ -156,6 +160,7 @@ def harden(
         handle.table.on_rebuilt += [adopt_all, _telling_of_routes(handle)]
         taken = take_over(app, handle.settings.cors)
         handle.cors = taken or handle.settings.cors
+        _adopt_slowapi(handle, app)
         inner = build()
         # Mounted in another hardened application, ours step aside, but who may call is never for others to say, and a
         # policy that was taken over still holds.
@@ -210,6 +215,20 @@ def _around(handle: Hardening, inner: ASGIApp, bare: ASGIApp) -> ASGIApp:
     return _StepAside(app, bare)
 
 
+def _banned(handle: Hardening) -> Callable[[str], Problem | None] | None:
+    return handle.bans.refusal if handle.settings.bans.enabled else None
+
+
+def _adopt_slowapi(handle: Hardening, app: FastAPI) -> None:
+    """Has the rate limit enforce what the application has declared with slowapi."""
+    if not handle.settings.rate_limit.enabled:
+        return
+    shared = not isinstance(handle.store, MemoryStore)
+    found = handle.declared_limits = slowapi_limits.adopt(handle.table, clock=handle.clock, shared=shared)
+    if found is not None and found.asks_behind_middlewares:
+        app.router.middleware_stack = slowapi_limits.BehindMiddlewares(app.router.middleware_stack)
+
+
 def _adopting(handle: Hardening) -> Callable[[RouteTable], None]:
     """Has every application of the tree answer errors alike, and show its documentation under the strict policy.
 
@@ -234,8 +253,9 @@ def _adopting(handle: Hardening) -> Callable[[RouteTable], None]:
 def _route(application: Any, handle: Hardening) -> None:
     """Puts routing by the table in front of a router, which asks again who may call where a middleware moves them."""
     stack = application.router.middleware_stack
-    ours = isinstance(stack, FastRouting) and (handle.auth.idle or stack.owner is handle)
-    if not ours:
+    while stack is not None and not isinstance(stack, FastRouting):
+        stack = getattr(stack, "app", None)
+    if stack is None or not (handle.auth.idle or stack.owner is handle):
         application.router.middleware_stack = FastRouting(
             application.router,
             table_of(application),

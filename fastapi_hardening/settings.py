@@ -32,6 +32,7 @@ from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.auth.settings import AuthSettings
+from fastapi_hardening.security.bans import BansSettings
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.security.csp_reports import CspReportsSettings
 from fastapi_hardening.security.rate_limit import RateLimitSettings
@@ -176,6 +177,8 @@ class Settings(BaseSettings):
     """What browsers report of policies."""
     websocket_limits: WebSocketLimitsSettings = WebSocketLimitsSettings()
     """Limits on websockets once they are open, and whose pages may open them."""
+    bans: BansSettings = BansSettings()
+    """Who is shut out for a while."""
 
     versioning: NotBuiltYet = NotBuiltYet()
     """API versions; planned."""

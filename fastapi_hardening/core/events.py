@@ -42,6 +42,7 @@ class RequestRefused:
         request_id: The id that the client got.
         client: The client's address, as far as it is believed.
         detail: The sentence sent to the client.
+        key: Whose budget was spent, where that is one client; ``None`` for refusals that count nobody.
     """
 
     problem: str
@@ -51,6 +52,7 @@ class RequestRefused:
     request_id: str
     client: str
     detail: str | None
+    key: str | None = None
 
 
 class Events:

@@ -159,7 +159,16 @@ class ProblemResponse:
         await send({"type": f"{prefix}http.response.body", "body": body})
 
 
-async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send, *, layer: str) -> None:
+async def refuse(
+    problem: Problem,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    *,
+    layer: str,
+    key: str | None = None,
+    known_as: StarletteHTTPException | None = None,
+) -> None:
     """Answers a request that a layer does not let through.
 
     The user's own exception handler for the problem's status or type answers if there is one; a handler that fails
@@ -172,14 +181,17 @@ async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send, *
         receive: Its receive channel, for the user's handler.
         send: Its send channel.
         layer: The concern that refuses, for the event.
+        key: Whose budget was spent, for the event.
+        known_as: The exception that the application has a handler for, where it is not the problem.
     """
     context = request_context.ensure(scope)
-    tell(problem, context, layer)
+    tell(problem, context, layer, key)
     response: ASGIApp = ProblemResponse(problem, context)
-    handler = users_handler(scope, problem) if scope["type"] == "http" else None
+    exception = known_as or problem
+    handler = users_handler(scope, exception) if scope["type"] == "http" else None
     if handler is not None:
         try:
-            response = await call_handler(handler, Request(scope, receive), problem)
+            response = await call_handler(handler, Request(scope, receive), exception)
         except Exception:
             logger.exception("the application's handler for %s failed", problem.status_code)
     await response(scope, receive, send)
@@ -205,7 +217,7 @@ def retry_after(seconds: float) -> dict[str, str]:
     return {"Retry-After": str(math.ceil(seconds * random.uniform(1.0, 2.0)))}  # noqa: S311 - not a secret
 
 
-def tell(problem: Problem, context: RequestContext, layer: str) -> None:
+def tell(problem: Problem, context: RequestContext, layer: str, key: str | None = None) -> None:
     """Logs a refusal with the id that the client gets, and puts it on the event bus, where it is counted."""
     event = RequestRefused(
         problem=problem.slug,
@@ -215,6 +227,7 @@ def tell(problem: Problem, context: RequestContext, layer: str) -> None:
         request_id=context.request_id,
         client=context.client.address,
         detail=problem.explanation,
+        key=key,
     )
     logger.info(
         "%s refused a request to %s from %s with %d %s: %s (request id %s)",

@@ -50,6 +50,7 @@ class RouteEntry:
         endpoint: The function or application that runs.
         dependant: FastAPI's description of the endpoint, for concerns that read its parameters.
         max_body_size: FastAPI's own limit of the body, of the route, its includes or its application, in bytes.
+        applications: The applications that it is in, the outermost first.
     """
 
     template: str | None
@@ -59,6 +60,7 @@ class RouteEntry:
     endpoint: Any = None
     dependant: Any = None
     max_body_size: int | None = None
+    applications: tuple[Any, ...] = ()
 
     def of(self, kind: type[Override]) -> tuple[Override, ...]:
         """The overrides of one class, the outermost level first."""
@@ -234,7 +236,9 @@ class _Node:
 class _Level:
     """The routes of one application or router of the tree; mounts have levels of their own."""
 
-    def __init__(self, table: RouteTable, app: Any, prefix: str, inherited: Overrides) -> None:
+    def __init__(
+        self, table: RouteTable, app: Any, prefix: str, inherited: Overrides, around: tuple[Any, ...] = ()
+    ) -> None:
         router = _router(app)
         self._prefix = prefix
         self.root_path: str = getattr(app, "root_path", "") or ""
@@ -243,9 +247,11 @@ class _Level:
         self._exact: dict[str, list[Candidate]] = {}
         self._all: list[Candidate] = []
         self._everywhere = _merge(inherited, overrides_in(getattr(router, "dependencies", ())))
-        self._default = RouteEntry(None, kind="unmatched", overrides=self._everywhere)
+        self._applications = around
         if hasattr(app, "exception_handlers"):
             table.applications.append(app)
+            self._applications = (*around, app)
+        self._default = RouteEntry(None, kind="unmatched", overrides=self._everywhere, applications=self._applications)
         _watch(router, table)
         levels: dict[int, list[Overrides]] = {}
         _levels_above(router.routes, {}, levels)
@@ -332,11 +338,12 @@ class _Level:
             endpoint=getattr(effective, "endpoint", None) or app,
             dependant=dependant,
             max_body_size=getattr(effective, "max_body_size", None),
+            applications=self._applications,
         )
         order = len(self._all)
         inside = None
         if isinstance(route.original_route, (Mount, Host)) and isinstance(_router(app), Router):
-            inside = _Level(table, app, self._prefix + (path or ""), everywhere)
+            inside = _Level(table, app, self._prefix + (path or ""), everywhere, self._applications)
         if kind == "mount":
             candidate: Candidate = _Mounted(order, route, entry, inside)
         elif kind == "other":

@@ -187,6 +187,11 @@ class BoundedMap(Generic[V]):
         """Forgets a key."""
         self._entries.pop(key, None)
 
+    def values(self) -> list[V]:
+        """Every value that has not expired."""
+        now = self._now()
+        return [value for value, expires_at in self._entries.values() if expires_at > now]
+
     def _drop_expired(self, now: float) -> None:
         entries = self._entries
         inspected = self._INSPECTED if len(entries) < self._max_keys else self._INSPECTED_WHEN_FULL

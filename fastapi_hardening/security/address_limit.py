@@ -15,6 +15,7 @@ Example:
 """
 
 import math
+from collections.abc import Callable
 
 from pydantic import Field, field_validator
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConcernSettings
+from fastapi_hardening.core.keys import AllowList, stands_for_one
 from fastapi_hardening.core.problem import IANA, Problem, refuse, tell
 from fastapi_hardening.core.routes import route_of
 from fastapi_hardening.core.window import Limit, Limiter, parse_limits
@@ -66,12 +68,22 @@ class AddressLimitMiddleware:
         app: The application inside.
         settings: The limit.
         clock: Where the time comes from.
+        allow: Who is never refused.
+        banned: Says why an address is refused whatever it has left, if it is.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: AddressLimitSettings | None = None, *, clock: Clock | None = None
+        self,
+        app: ASGIApp,
+        settings: AddressLimitSettings | None = None,
+        *,
+        clock: Clock | None = None,
+        allow: AllowList | None = None,
+        banned: Callable[[str], Problem | None] | None = None,
     ) -> None:
         self.app = app
+        self._allow = allow
+        self._banned = banned
         self._settings = settings = settings or AddressLimitSettings()
         [limit] = parse_limits(settings.limit, "address")
         wide = Limit(limit.name, limit.quota * settings.unknown_proxy_factor, limit.window_seconds)
@@ -85,6 +97,13 @@ class AddressLimitMiddleware:
             return
         context = request_context.ensure(scope)
         client = context.client
+        if self._allow is not None and self._allow.has_address(client.address):
+            await self.app(scope, receive, send)
+            return
+        if self._banned is not None and (ban := self._banned(client.key)) is not None:
+            route_of(scope)
+            await refuse(ban, scope, receive, send, layer="address limit")
+            return
         decision = (self._wide if client.behind_unknown_proxy else self._limiter).hit(client.key)
         if decision.allowed:
             await self.app(scope, receive, send)
@@ -99,4 +118,5 @@ class AddressLimitMiddleware:
             await self.app(scope, receive, send)
         else:
             route_of(scope)
-            await refuse(problem, scope, receive, send, layer="address limit")
+            key = client.key if stands_for_one(client.key, client) else None
+            await refuse(problem, scope, receive, send, layer="address limit", key=key)

@@ -1,6 +1,7 @@
 """Rate limits: who is counted together, what is said, who gets round."""
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,17 @@ from fastapi import APIRouter, FastAPI, Request, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
 from starlette.routing import Route
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from fastapi_hardening import RateLimit
+from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.client_ip import ClientAddressResolver
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.events import Events, RequestRefused
+from fastapi_hardening.core.identity import Principal
 from fastapi_hardening.core.window import parse_limits
 from fastapi_hardening.observability.request_context import (
     ContextMaker,
@@ -258,6 +262,139 @@ def test_a_key_may_come_from_a_function(asynchronous: bool) -> None:
     assert kit.statuses("/", 2, Cookie="session=a") == [200, 429]
     assert kit.statuses("/", 1, Cookie="session=b") == [200]
     assert kit.statuses("/", 2) == [200, 429]
+
+
+class Identified:
+    """A layer in front that knows who calls, as authentication will."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        name, _, plan = dict(scope["headers"]).get(b"x-user", b"").decode().partition(":")
+        if name:
+            scope["fastapi_hardening.context"].principal = Principal(name, tenant="acme", claims={"plan": plan})
+        await self.app(scope, receive, send)
+
+
+def identified(**changes: Any) -> Kit:
+    """An application whose callers are known before the limit."""
+    kit = Kit(**changes)
+    kit.app.user_middleware.insert(1, Middleware(Identified))
+    return kit
+
+
+def test_a_principal_has_one_budget_wherever_it_calls_from() -> None:
+    """And who is not known is counted by address."""
+    kit = identified(default="1/minute", key="principal")
+    assert kit.statuses("/", 1, **{"X-User": "anna"}) + kit.statuses("/", 1, "203.0.113.2", **{"X-User": "anna"}) == [
+        404,
+        429,
+    ]
+    assert kit.statuses("/", 2) == [404, 429]
+
+
+def test_keys_may_be_combined() -> None:
+    """Each combination is counted by itself."""
+    kit = identified()
+    kit.app.get("/", dependencies=[RateLimit("1/minute", key=("principal", "address"))])(_ok)
+    assert kit.statuses("/", 2, **{"X-User": "anna"}) == [200, 429]
+    assert kit.statuses("/", 1, "203.0.113.2", **{"X-User": "anna"}) == [200]
+    assert kit.statuses("/", 1, **{"X-User": "bert"}) + kit.statuses("/", 2) == [200, 200, 429]
+
+
+def test_the_settings_read_keys_and_clients_as_the_environment_has_them() -> None:
+    """With commas."""
+    read = RateLimitSettings(key="principal, address", allow="10.0.0.0/8, principal=monitor")  # type: ignore[arg-type]
+    assert (read.key, read.allow) == (("principal", "address"), ("10.0.0.0/8", "principal=monitor"))
+    with pytest.raises(ValueError, match="network"):
+        RateLimitSettings(allow=("nobody",))
+
+
+def test_who_is_known_is_told_apart_behind_an_unknown_proxy_too() -> None:
+    """Only those who are not share the wider default of the proxy."""
+    kit = identified(default="1/minute", key="principal", unknown_proxy_factor=3)
+    forwarded = {"X-Forwarded-For": "203.0.113.9"}
+    assert kit.statuses("/", 2, "10.0.0.1", **forwarded, **{"X-User": "anna"}) == [404, 429]
+    assert kit.statuses("/", 4, "10.0.0.1", **forwarded) == [404, 404, 404, 429]
+
+
+PLANS = {"free": "1/minute", "paid": ("3/minute", "100/day")}
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_limits_may_follow_the_plan_of_the_caller(asynchronous: bool) -> None:
+    """By a function of the connection, sync or async; where it gives nothing, the default holds."""
+
+    def of_plan(connection: HTTPConnection) -> Any:
+        principal = request_context.ensure(connection.scope).principal
+        return PLANS.get(principal.claims["plan"]) if principal else None
+
+    async def of_plan_later(connection: HTTPConnection) -> Any:
+        return of_plan(connection)
+
+    kit = identified(default="2/minute")
+    limit = RateLimit(of_plan_later if asynchronous else of_plan, key="principal", name="plan")
+    kit.app.get("/", dependencies=[limit])(_ok)
+    assert kit.statuses("/", 2, **{"X-User": "anna:free"}) == [200, 429]
+    assert kit.statuses("/", 4, **{"X-User": "bert:paid"}) == [200, 200, 200, 429]
+    assert kit.statuses("/", 3) == [200, 200, 429]
+    answer = kit.client().get("/", headers={"X-User": "carl:paid"})
+    assert [name for name, _ in parse_list(answer.headers["ratelimit-policy"])] == ["plan 3/minute", "plan 100/day"]
+
+
+@pytest.mark.parametrize("wrong", ["many", "0/minute", ["5/minute", "few"], KeyError])
+def test_a_function_that_gives_no_limit_gives_way_to_the_default(wrong: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """No 500, no request without a limit, and one record in the log."""
+
+    def failing(connection: HTTPConnection) -> Any:
+        if wrong is KeyError:
+            raise KeyError("plan")
+        return wrong
+
+    kit = Kit(default="2/minute")
+    kit.app.get("/", dependencies=[RateLimit(failing)])(_ok)
+    assert kit.statuses("/", 3) == [200, 200, 429]
+    assert [record.levelname for record in caplog.records if "default holds" in record.message] == ["ERROR"]
+
+
+def test_a_function_cannot_fill_the_memory_with_limits(caplog: pytest.LogCaptureFixture) -> None:
+    """After a thousand different ones the default holds."""
+    kit = Kit(default="1/minute", strategy="fixed-window")
+    numbers = itertools.count(1)
+    kit.app.get("/", dependencies=[RateLimit(lambda _connection: f"{next(numbers)}/hour")])(_ok)
+    statuses = kit.statuses("/", 1002)
+    assert statuses == [200] * 1001 + [429]
+    assert caplog.text.count("more than 1000 different limits") == 1
+
+
+def test_dynamic_limits_of_one_scope_share_a_budget() -> None:
+    """If the function gives the same."""
+    kit = Kit()
+    for path in ("/a", "/b"):
+        kit.app.get(path, dependencies=[RateLimit(lambda _connection: "1/minute", scope="s")])(_ok)
+    assert kit.statuses("/a", 1) + kit.statuses("/b", 1) == [200, 429]
+
+
+def test_a_dynamic_limit_counts_after_routing_too() -> None:
+    """On an application that was never hardened."""
+    app = FastAPI()
+    app.get("/", dependencies=[RateLimit(lambda _connection: "1/minute")])(_ok)
+    client = TestClient(app)
+    assert [client.get("/").status_code for _ in range(2)] == [200, 429]
+
+
+def test_who_is_allowed_is_never_limited() -> None:
+    """By address, by key, and by an override that acts late; everybody else is."""
+    app = FastAPI()
+    app.add_middleware(Rewrite)
+    app.get("/r/inner", dependencies=[RateLimit("1/minute", key="principal")])(_ok)
+    kit = Kit(app, default="1/minute", key="principal", allow=("10.0.0.0/8", "principal=monitor"))
+    kit.app.user_middleware.insert(1, Middleware(Identified))
+    for path in ("/", "/r/inner"):
+        assert kit.statuses(path, 3, "10.1.2.3") == [200] * 3
+        assert kit.statuses(path, 3, **{"X-User": "monitor"}) == [200] * 3
+    assert kit.statuses("/", 2, **{"X-User": "anna"}) == [200, 429]
 
 
 # --- overrides --------------------------------------------------------------------------------------------------------
