@@ -508,8 +508,9 @@ class WebSocketLimitsMiddleware:
 
     def _look_at_all(self) -> None:
         for connection in tuple(self._connections):
-            # Called out of a signal handler, where nothing else may be done to a loop.
-            connection.loop.call_soon_threadsafe(connection.look)
+            # Called out of a signal handler, where nothing else may be done to a loop; one that is closed has no more.
+            with contextlib.suppress(RuntimeError):
+                connection.loop.call_soon_threadsafe(connection.look)
 
 
 def _changed(settings: WebSocketLimitsSettings, overrides: "tuple[WebSocketLimits, ...]") -> WebSocketLimitsSettings:

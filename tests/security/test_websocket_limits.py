@@ -418,6 +418,21 @@ async def test_what_is_within_the_limits_passes_unchanged_and_in_order() -> None
     assert line.told == []
 
 
+@given(said=st.lists(st.one_of(st.text(min_size=1, max_size=12), st.binary(min_size=1, max_size=12)), max_size=20))
+def test_what_is_heard_is_what_was_said_up_to_the_first_message_that_is_too_large(said: list[str | bytes]) -> None:
+    """None is lost, changed or put elsewhere, whatever comes in which order."""
+    listener = Listener()
+
+    async def talk() -> Line:
+        return await Line(listener, max_message_bytes=10).says(*said).hangs_up().run()
+
+    line = asyncio.run(talk())
+    sizes = [len(each.encode()) if isinstance(each, str) else len(each) for each in said]
+    heard = next((number for number, size in enumerate(sizes) if size > 10), len(said))
+    assert listener.heard == said[:heard]
+    assert line.close == (TOO_LARGE if heard < len(said) else None)
+
+
 @pytest.mark.parametrize(
     ("said", "changes", "closing"),
     [
