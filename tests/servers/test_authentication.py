@@ -87,6 +87,6 @@ def test_an_open_websocket_ends_with_its_token(serving: Server) -> None:
             with pytest.raises(ConnectionClosed) as closed:
                 listen(websocket)
         assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 4001
+        assert closed.value.rcvd.code == 3000
         until(lambda said=said: serving.has_logged(said) > 0, said)  # type: ignore[misc]
     assert serving.has_logged("Traceback") == 0

@@ -1,4 +1,4 @@
-"""What browsers need to authenticate a websocket, and what becomes of an open one when its credentials end.
+"""What browsers need to authenticate a websocket.
 
 A page cannot put ``Authorization`` on a handshake. It can offer subprotocols, so a token may come as the one after
 ``bearer`` (``new WebSocket(url, ["bearer", token])``), or in the query as a ticket. Both are taken out of the scope
@@ -10,24 +10,14 @@ Example:
     ([(b'authorization', b'Bearer abc.def.ghi')], ['bearer', 'chat'])
 """
 
-import asyncio
 from collections.abc import Collection
 from typing import NamedTuple
 from urllib.parse import unquote_plus
 
 from starlette.types import Message, Scope, Send
 
-from fastapi_hardening.core.clock import Clock
-
 BEARER = "bearer"
 _PROTOCOL = b"sec-websocket-protocol"
-
-CREDENTIALS_ENDED = 4001
-"""How an open websocket is closed when its credentials end. Of the codes that applications may give a meaning
-(RFC 6455, section 7.4.2), so that a page can tell "log in again" from 1008, which says only that it may not."""
-
-# A timer that waits longer overflows in some event loops, and a clock may be set.
-_LONGEST_WAIT = 3600.0
 
 
 class Handshake(NamedTuple):
@@ -95,59 +85,3 @@ def agreeing(send: Send, offered: Collection[str]) -> Send:
         await send(message)
 
     return send_agreed
-
-
-class Expiry:
-    """Closes an open websocket when the credentials of its caller end.
-
-    Args:
-        send: The send channel of the connection.
-        expires_at: When they end, in seconds since the epoch.
-        clock: Where the time comes from.
-    """
-
-    def __init__(self, send: Send, expires_at: float, clock: Clock) -> None:
-        self._send = send
-        self._expires_at = expires_at
-        self._clock = clock
-        self._timer: asyncio.TimerHandle | None = None
-        self._closing: asyncio.Task[None] | None = None
-        self._over = False
-
-    async def send(self, message: Message) -> None:
-        """Passes a message on, and takes note of the acceptance and of the end.
-
-        Raises:
-            OSError: The websocket was closed because the credentials ended; as when a client is gone (ASGI 2.4).
-        """
-        if self._closing is not None:
-            raise OSError("the credentials of the caller have ended, and the websocket with them")
-        kind = message["type"]
-        if kind == "websocket.close":
-            self.stop()
-        await self._send(message)
-        if kind == "websocket.accept" and not self._over:
-            self._wait()
-
-    def stop(self) -> None:
-        """Waits no longer."""
-        self._over = True
-        if self._timer is not None:
-            self._timer.cancel()
-
-    async def finish(self) -> None:
-        """Waits no longer, and lets a close that is on its way go out."""
-        self.stop()
-        if self._closing is not None:
-            await asyncio.gather(self._closing, return_exceptions=True)
-
-    def _wait(self) -> None:
-        left = self._expires_at - self._clock.time()
-        if left > 0:
-            self._timer = asyncio.get_running_loop().call_later(min(left, _LONGEST_WAIT), self._wait)
-        elif not self._over:
-            close = {"type": "websocket.close", "code": CREDENTIALS_ENDED, "reason": "The credentials have ended."}
-            self._closing = asyncio.ensure_future(self._close(close))
-
-    async def _close(self, message: Message) -> None:
-        await self._send(message)

@@ -34,7 +34,7 @@ from fastapi_hardening.core.policy import mark_handled
 from fastapi_hardening.core.problem import Problem, refuse, tell
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, route_of
 from fastapi_hardening.security.auth.gate import Found, Gate, is_ambient
-from fastapi_hardening.security.auth.handshake import Expiry, Handshake, agreeing, take_credentials
+from fastapi_hardening.security.auth.handshake import Handshake, agreeing, take_credentials
 from fastapi_hardening.security.auth.overrides import (
     LAYER,
     Csrf,
@@ -103,25 +103,9 @@ class AuthenticationMiddleware:
         added = context.state.get(AnswerFields)
         if added is not None:
             send = _adding(send, added)
-        if scope["type"] == "http":
-            await self.app(scope, receive, send)
-        else:
-            await self._serve_websocket(scope, receive, send, context, offered_token=seen.offered_token)
-
-    async def _serve_websocket(
-        self, scope: Scope, receive: Receive, send: Send, context: RequestContext, *, offered_token: bool
-    ) -> None:
-        if offered_token:
+        if seen.offered_token:
             send = agreeing(send, tuple(scope["subprotocols"]))
-        ends = None if context.principal is None else context.principal.expires_at
-        if ends is None:
-            await self.app(scope, receive, send)
-            return
-        expiry = Expiry(send, ends, self.gate.clock)
-        try:
-            await self.app(scope, receive, expiry.send)
-        finally:
-            await expiry.finish()
+        await self.app(scope, receive, send)
 
 
 async def demand(gate: Gate, found: Found | None, entry: RouteEntry, scope: Scope, context: RequestContext) -> None:

@@ -9,7 +9,6 @@ import pytest
 from fastapi import FastAPI, WebSocket
 from starlette.requests import HTTPConnection
 from starlette.testclient import TestClient, WebSocketDenialResponse
-from starlette.types import Message
 from starlette.websockets import WebSocketDisconnect
 
 from fastapi_hardening import CurrentUser
@@ -17,7 +16,7 @@ from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.identity import InvalidCredentials, Principal
 from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.security.auth import Tickets
-from fastapi_hardening.security.auth.handshake import Expiry, take_credentials
+from fastapi_hardening.security.auth.handshake import take_credentials
 from fastapi_hardening.security.auth.principals import from_members, to_members
 from tests.security.auth.conftest import ANNA, Kit, Tokens, bearer
 
@@ -208,71 +207,7 @@ def test_a_principal_survives_being_kept() -> None:
 # --- the end of credentials -------------------------------------------------------------------------------------------
 
 
-class Wire:
-    """A send channel that remembers."""
-
-    def __init__(self) -> None:
-        self.messages: list[Message] = []
-        self.closed = asyncio.Event()
-
-    async def send(self, message: Message) -> None:
-        self.messages.append(message)
-        if message["type"] == "websocket.close":
-            self.closed.set()
-
-
-def test_an_open_websocket_is_closed_when_the_credentials_end() -> None:
-    """With a code that a page can tell from others; what the application sends then fails as if the client was gone."""
-
-    async def check() -> list[Message]:
-        clock, wire = ManualClock(), Wire()
-        expiry = Expiry(wire.send, clock.time() + 0.001, clock)
-        await expiry.send({"type": "websocket.accept"})
-        await expiry.send({"type": "websocket.send", "text": "hello"})
-        clock.advance(1)
-        async with asyncio.timeout(5):
-            await wire.closed.wait()
-        with pytest.raises(OSError, match="have ended"):
-            await expiry.send({"type": "websocket.send", "text": "too late"})
-        await expiry.finish()
-        return wire.messages
-
-    *_, close = asyncio.run(check())
-    assert (close["type"], close["code"]) == ("websocket.close", 4001)
-
-
-@pytest.mark.parametrize("last", ["websocket.close", None])
-def test_a_websocket_that_ends_before_is_not_closed_twice(last: str | None) -> None:
-    """Nothing waits for a time that does not matter any more."""
-
-    async def check() -> list[str]:
-        clock, wire = ManualClock(), Wire()
-        expiry = Expiry(wire.send, clock.time() + 0.001, clock)
-        await expiry.send({"type": "websocket.accept"})
-        if last is not None:
-            await expiry.send({"type": last})
-        await expiry.finish()
-        clock.advance(1)
-        expiry._wait()
-        return [message["type"] for message in wire.messages]
-
-    assert asyncio.run(check()) == ["websocket.accept", *([last] if last else [])]
-
-
-def test_a_handshake_that_is_refused_inside_has_no_end_to_wait_for() -> None:
-    """Nothing was opened."""
-
-    async def check() -> list[str]:
-        clock, wire = ManualClock(), Wire()
-        expiry = Expiry(wire.send, clock.time() + 10, clock)
-        await expiry.send({"type": "websocket.close"})
-        await expiry.finish()
-        return [message["type"] for message in wire.messages]
-
-    assert asyncio.run(check()) == ["websocket.close"]
-
-
-def test_the_layer_closes_a_websocket_whose_token_ends() -> None:
+def test_a_websocket_is_closed_when_its_token_ends() -> None:
     """While the application waits for a message."""
     known = {"short": Principal("anna", expires_at=1_700_000_000.01)}
     kit = Talk([Tokens(known)])
@@ -292,8 +227,8 @@ def test_the_layer_closes_a_websocket_whose_token_ends() -> None:
         assert websocket.receive_text() == "hello"
         with pytest.raises(WebSocketDisconnect) as closed:
             websocket.receive_text()
-    assert closed.value.code == 4001
-    assert len(ended) == 1
+    assert closed.value.code == 3000
+    assert ended == [3000]
 
 
 def test_a_handshake_without_credentials_is_left_as_it_is() -> None:
