@@ -922,7 +922,7 @@ def test_the_storage_of_slowapi_is_not_used(caplog: pytest.LogCaptureFixture) ->
     assert site.client().get("/").json() == {"error": "Rate limit exceeded: 1 per 1 minute"}
 
 
-# --- beside slowapi itself ---------------------------------------------------------------------------------------------
+# --- beside slowapi itself --------------------------------------------------------------------------------------------
 
 DECORATOR = st.fixed_dictionaries(
     {"limit_value": st.sampled_from(["1/day", "2/day", "3/day"])},
