@@ -1,0 +1,160 @@
+"""Command injection: a value that ends the command it is put into and begins another one.
+
+It takes a separator or a substitution, a command, and what makes it one: an argument that only a shell would understand,
+or nothing at all behind a command that is no word of any language. Where the separator comes after a sentence it takes
+more. Disguises are undone first: quotes and backslashes within words, ``${IFS}``, carets, braces.
+"""
+
+import re
+from collections.abc import Iterator
+
+from fastapi_hardening.security.input_validation.reading import Reading
+
+CLASS = "command"
+CERTAIN = 5
+SUSPICIOUS = 3
+
+# Commands that are no words.
+_STRONG = (
+    "whoami|uname|ifconfig|ipconfig|netstat|nslookup|wget|lynx|bash|zsh|ksh|csh|tcsh|powershell(?:\\.exe)?|pwsh|cmd(?:\\.exe)?|"
+    "chmod|chown|chgrp|nc|ncat|netcat|telnet|ls|pwd|awk|gawk|mawk|sed|egrep|fgrep|grep|tftp|ssh|scp|sftp|rsync|python[23]?(?:\\.\\d+)?|"
+    "php[578]?|nodejs|base64|base32|xxd|hexdump|certutil|bitsadmin|systeminfo|tasklist|taskkill|printenv|lsof|crontab|useradd|adduser|"
+    "usermod|groupadd|userdel|gcc|traceroute|tracert|phpinfo|wmic|mshta|rundll32|regsvr32|cscript|wscript|xterm|busybox|mkfifo|"
+    "mknod|nohup|socat|openssl|lsb_release|hostname|getent|dmesg|lscpu|lsblk|arp|msiexec|schtasks|netsh|whois|tcpdump|nmap|"
+    "sudo|passwd|unlink|rmdir|mkdir|setfacl|iptables|mysql|psql|sqlite3|zcat|tac|od|xargs|sysctl|sh|fping|hping3|ping6?|"
+    "getcap|rbash|setsid|stdbuf|unzip|gzip|gunzip|bzip2|mysqldump|iconv|nsenter|chroot|docker|kubectl|pkill|killall|dir\\s{1,3}[a-z]:|echo|expr|set\\s/a"
+)
+# Commands that are words, too.
+_WEAK = (
+    "cat|id|ps|perl|curl|dash|dig|ruby|rev|nl|paste|ver|type|dir|sleep|time|date|find|sort|more|less|head|tail|cut|kill|who|last|test|touch|set|export|mail|exec|eval|print|printf|"
+    "copy|move|del|erase|rm|mv|cp|ln|du|df|man|top|at|tee|vi|vim|ed|ex|halt|reboot|shutdown|poweroff|net|reg|start|call|nano|split|strings|ftp|"
+    "finger|mount|which|env|make|node|system|passthru|shell_exec|popen|tar|zip|diff|watch|service|systemctl|install|git|host|route|read|wait|uptime|"
+    "groups|users|w|uniq|comm|file|stat|locate|source|alias|history|logger|timeout|nice|sysinfo|attrib|break|true|false|cd|fdisk|free|gem|pip|npm|apt|yum|screen|dd"
+)
+_PATHS = r"(?:\./|(?:/[\w.*?-]{1,32}){0,6}/|[a-z]:\\(?:[\w ]{1,32}\\){0,6}|%\w{1,20}%\\|~/)?"
+_SEPARATOR = r"(?:;|\|{1,2}|&{1,2}|\n|\r|\$\(|<\(|>\(|\\[nr]|\$\{IFS\}|=\(|!\s?`)"
+_OPTION = r"(?:-{1,2}[a-z0-9]|/[a-z?]{1,3}(?:\s|$)|\+%)"
+_SHELL_ARGUMENT = (
+    r"(?:" + _OPTION + r"|[~.]{0,2}/|\\\\|[a-z]:[\\/]|\$|`|[\"'][^\"']{0,80}[\"']|[\"']|>|<|\*|\?\?|\{|%\w+%|https?:|ftp:|\d{1,3}\.\d|0x|\d+\s{0,3}(?:[;|&`)#]|$)|"
+    r"localhost|[\w-]{1,40}\.(?:com|net|org|ru|io|txt|php|sh|py|exe|ini|log|conf|html?|js|bat|ps1|me|site|xyz|example)\b|\S{1,80}\s{0,3}[;|&`)]|"
+    r"&\d|/dev/|@|passwd|etc\b)"
+)
+_END = r"(?=\s{0,9}(?:$|[;|&`)\n\r#<>\"'}]|\\[nr]))"
+
+_AFTER_SEPARATOR = re.compile(
+    rf"{_SEPARATOR}[\s;|&@({{\"'$!+]{{0,8}}(?:(?:sudo|nohup|exec|time|env|busybox|command|then|do|start|call|timeout\s\d+)\s{{1,4}}){{0,2}}"
+    rf"{_PATHS}(?:(?P<strong>{_STRONG})(?![\w-])|(?P<weak>{_WEAK})(?![\w-]))"
+    rf"(?:(?P<ended>{_END})|(?P<glued>[<>,({{$%+]|/(?=[a-z?]\b))|(?P<argued>\s{{1,9}}{_SHELL_ARGUMENT})|(?P<spaced>\s{{1,9}}))"
+)
+_WITH_PATH = re.compile(rf"{_SEPARATOR}[\s\"'(]{{0,6}}(?:/(?:usr/)?(?:local/)?s?bin/|usr/bin/|/etc/|c:\\(?:windows|winnt|inetpub)\\)[\w?*]")
+_TICKS = re.compile(rf"\S{{0,40}}(?<!`)`(?!`)\s{{0,4}}{_PATHS}(?:{_STRONG}|{_WEAK})(?![\w-])[^`\n]{{0,200}}(?:`[^`\s]{{0,20}}\s{{0,4}}|$)$")
+_SUBSTITUTION = re.compile(rf"(?:\$\(|<\()\s{{0,4}}{_PATHS}(?:{_STRONG}|{_WEAK})(?:{_END}|\s{{1,9}}{_SHELL_ARGUMENT})")
+_WHOLE = re.compile(
+    rf"[\s\"'({{]{{0,4}}{_PATHS}(?:(?:{_STRONG})|(?:cat|id|echo|type|dir|sleep|del|rm|cp|mv|net|reg|more|less|head|tail|find|touch|copy|cd|expr|tar|kill|system|host|ftp))(?:\.exe)?"
+    rf"(?:\s{{1,4}}{_OPTION}[\w=.:/-]{{0,40}}){{0,4}}\s{{0,4}}(?:(?:[<>]{{1,2}}\s{{0,3}})?(?:[~.]{{0,2}}/[\w./*?-]{{1,120}}|[a-z]:[\\/][\w.\\/ ]{{0,120}}|\d{{1,3}}(?:\.\d{{1,3}}){{3}}|localhost|https?://\S{{1,200}}))"
+    r"[\s\"')};&|#]{0,6}$"
+)
+_OPTIONS_ONLY = re.compile(rf"\s{{0,4}}{_PATHS}(?:{_STRONG})(?:\s{{1,4}}-[\w]{{1,8}}){{1,4}}\s{{0,4}}$|\s{{0,4}}/(?:usr/)?(?:local/)?s?bin/(?:(?:id|ls|ps|cat|whoami|uname|netstat|ifconfig|hostname|env)\s{{0,4}}$|\w{{1,20}}(?:\s{{1,4}}\S{{1,80}}){{1,6}}\s{{0,4}}$)")
+_SENSITIVE = re.compile(r"/etc/(?:passwd|shadow|hosts|group|issue)|c:[\\/]{1,2}(?:windows|winnt|boot\.ini|inetpub)|win\.ini|boot\.ini|/dev/(?:tcp|udp)/|/proc/self|\|\s{0,3}(?:ba|z|k|da)?sh\b|-e\s{1,3}/bin/|rm\s{1,3}-\w{0,3}[rf]")
+_SHELLSHOCK = re.compile(r"(?:^\s{0,4}|[\s\"'=:])\(\s{0,4}\)\s{0,4}\{\s{0,4}[:_x]?\s{0,4};[^}]{0,40}\}\s{0,4}(?:;|>_)|^\s{0,4}\(\)\s{0,4}\{[^}]{0,60}\}\s{0,4};")
+_VARIABLE = re.compile(r"(?:^|[\s;|&`])([a-z_]\w{0,15})=(?:\$?\\?['\"][^'\"\n]{0,60}['\"]|[^\s;&|]{1,60})[;&|]{1,2}\s{0,4}\$\{?\1\b")
+_CODE = re.compile(
+    r"(?:\b(?:system|passthru|shell_exec|popen|proc_open|pcntl_exec|assert|create_function|call_user_func|backticks?)\s{0,3}\(\s{0,3}"
+    r"(?:['\"`$]|base64_decode|chr\(|getenv|/|(?:cat|ls|id|dir|whoami|sleep|ping|echo|wget|curl|nc|uname)\b)"
+    r"|\b(?:os\.(?:system|popen|exec\w{0,3}|spawn\w{0,4})|subprocess\.\w{2,12}|commands\.getoutput|pty\.spawn)\s{0,3}\("
+    r"|__import__\s{0,3}\(|require\s{0,3}\(?\s{0,3}['\"]child_process|process\.mainmodule|\.getruntime\s{0,3}\(\s{0,3}\)\s{0,3}\.\s{0,3}exec|"
+    r"processbuilder\s{0,3}\(|\beval\s{0,3}\(\s{0,3}(?:base64_decode|gzinflate|\$_|str_rot13|compile|__|chr)|\$_(?:get|post|request|cookie|server)\s{0,3}\[|"
+    r"\bphpinfo\s{0,3}\(\s{0,3}\)|\bprint\s{0,3}\(?\s{0,3}md5\s{0,3}\(|invoke-expression|\biex\s{0,3}\(|new-object\s{1,3}(?:system\.)?net\.|frombase64string)"
+)
+_OPEN_TAG = re.compile(r"<\?(?:php\b|=|\s{0,4}(?:system|exec|passthru|echo|print|eval|include)\b)|<%\s{0,4}(?:execute|eval|response\.|runtime|=\s{0,3}(?:system|`))")
+
+_QUOTES_IN_WORD = re.compile(r"(?<=[\w/])(?:''|\"\"|\\(?=[a-z/])|\$@|\$\*|\$\{@\}|\^)(?=[\w/])|\$\(\)|(?<=[\w/;|&\s])\\\n(?=\w)")
+_QUOTED_LETTER = re.compile(r"(?<![\w])(?:(?:['\"]\w{1,2}['\"]|\w{1,2}){2,12})")
+_BLANKS = re.compile(r"\$\{ifs[^}]{0,20}\}|\$ifs(?:\$\d)?|%09|\{ifs\}|\t")
+_BRACES = re.compile(r"\{([\w./-]{1,40}(?:,[\w./:-]{1,80}){1,8})\}")
+_PROSE = re.compile(r"[a-z']{2,40},?\s{1,9}[a-z']{2,40}")
+_SIGNS = (";", "|", "&", "\n", "`", "$", "\\", "<(", "\r", "/", "-", "(", "<?", "<%", ":", "\\n")
+
+
+def find(reading: Reading) -> Iterator[tuple[str, int]]:
+    """The commands in a text, each with its score."""
+    lower = reading.lower
+    reading.steps += 2 * len(lower)
+    if not any(sign in lower for sign in _SIGNS):
+        return
+    yield from _in_text(lower, reading)
+    plain = _undisguised(lower)
+    if plain != lower:
+        for name, score in _in_text(plain, reading):
+            yield f"disguised-{name}", score
+
+
+def _undisguised(text: str) -> str:
+    if "ifs" in text or "%09" in text or "\t" in text:
+        text = _BLANKS.sub(" ", text)
+    if "{" in text and "," in text:
+        text = _BRACES.sub(lambda match: match[1].replace(",", " "), text)
+    if "'" in text or '"' in text or "\\" in text or "^" in text or "$" in text:
+        text = _QUOTES_IN_WORD.sub("", text)
+    if "+" in text and " " not in text.strip():
+        text = text.replace("+", " ")
+    return text
+
+
+def _in_text(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
+    reading.steps += 8 * len(text)
+    for match in _AFTER_SEPARATOR.finditer(text):
+        score = _score_of(match, text)
+        if score:
+            yield "separated", score
+            if score >= CERTAIN:
+                break
+    near = not _PROSE.search(text[:120].partition(";")[0].partition("|")[0].partition("&")[0])
+    with_path = _WITH_PATH.search(text)
+    if with_path is not None and not _is_prose(text, with_path.start()):
+        yield "separated-path", CERTAIN
+    if "`" in text and _TICKS.match(text):
+        yield "substitution", CERTAIN
+    elif ("$(" in text or "<(" in text) and (found := _SUBSTITUTION.search(text)):
+        certain = not _is_prose(text, found.start()) or _SENSITIVE.search(found[0])
+        yield "substitution", CERTAIN if certain else 2
+    if _WHOLE.match(text) or _OPTIONS_ONLY.match(text):
+        yield "whole", CERTAIN
+    if "{" in text and _SHELLSHOCK.search(text):
+        yield "shellshock", CERTAIN
+    if "=" in text and "$" in text and _VARIABLE.search(text):
+        yield "variable", CERTAIN
+    if "(" in text or "[" in text or "invoke" in text or "-" in text:
+        found = _CODE.search(text)
+        if found is not None:
+            yield "code", CERTAIN if near and not _is_prose(text, found.start()) else SUSPICIOUS
+    if "<?" in text or "<%" in text:
+        found = _OPEN_TAG.search(text)
+        if found is not None:
+            yield "open-tag", CERTAIN
+
+
+def _score_of(match: re.Match[str], text: str) -> int:
+    prose = _is_prose(text, match.start())
+    separator = match[0][:2]
+    if match["argued"] or match["glued"]:
+        following = text[match.start() : match.start() + 200]
+        if _SENSITIVE.search(following):
+            return CERTAIN
+        if prose or separator[0] == "\n" and match.start() > 0:
+            return 2
+        return CERTAIN if match["strong"] or match["argued"] or separator[:1] != "&" else 2
+    if prose or (separator[0] == "\n" and match.start() > 0 and "\n" in text.strip()):
+        return 0
+    if match["ended"] is not None:
+        if match["strong"]:
+            return CERTAIN
+        # "AT&T; date" is a list; ";date" is none.
+        glued = not match[0][1:2].isspace() or not text[: match.start()].strip()
+        return CERTAIN if glued and (separator[0] != "&" or match.start() == 0 or text[match.end() :].strip()) else 2
+    return CERTAIN if match["strong"] and (separator[0] not in "&\n" or separator == "&&") else 0
+
+
+def _is_prose(text: str, position: int) -> bool:
+    """Whether a sentence comes before this position: words, not the value that the command is put behind."""
+    return _PROSE.search(text[max(0, position - 160) : position]) is not None

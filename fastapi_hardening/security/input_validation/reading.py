@@ -1,0 +1,90 @@
+"""A value as every class of attack reads it: as it came, as it is meant, and in lower case; and how much reading it took.
+
+Most values are plain words and numbers. One pass over the bytes, in C, tells them from the others, and they are read no
+further: :func:`is_plain`.
+
+Example:
+    >>> is_plain("Only 3 are left, in size 42."), is_plain("3' or 1=1")
+    (True, False)
+"""
+
+import re
+from functools import cached_property
+
+from fastapi_hardening.security.input_validation.decoding import decode
+
+# Letters, digits, blanks and the punctuation that no grammar begins with.
+_PLAIN = bytes(range(0x30, 0x3A)) + bytes(range(0x41, 0x5B)) + bytes(range(0x61, 0x7B)) + b" _-.,!?\t"
+
+# Words alone can be an attack on a number that is put into a query unquoted; they need to begin with one.
+_NUMBER_FIRST = re.compile(r"\s{0,9}[-.\d]{1,40}\s{1,9}(?:or|and|xor|union|order|group|having|waitfor|limit)\s", re.IGNORECASE)
+_STATEMENT = re.compile(
+    r"(?:union|select|exec|order\s{1,9}by|having|etc|or|and|drop|truncate|waitfor|procedure|shutdown)\s", re.IGNORECASE
+)
+
+
+_LONG, _LONG_ENOUGH, _MANY_WORDS = 120, 4000, 15
+_WORD = re.compile(r"(?<![^\s(])[A-Za-z\u00c0-\u024f]{2,20}[,.]?\s")
+
+
+def is_plain(text: str) -> bool:
+    """Whether nothing in a text can be an attack of any class, as one look tells."""
+    if text.encode("utf-8", "surrogatepass").translate(None, _PLAIN):
+        return False
+    return ".." not in text and not _may_be_query(text)
+
+
+def is_plain_ascii(data: bytes) -> bool:
+    """The same of bytes that are not decoded yet; what is not ASCII is not plain."""
+    return not data.translate(None, _PLAIN) and b".." not in data and not _may_be_query(data.decode("ascii"))
+
+
+def _may_be_query(text: str) -> bool:
+    return " " in text and (_NUMBER_FIRST.match(text) is not None or _STATEMENT.match(text) is not None)
+
+
+class Reading:
+    """One value under inspection.
+
+    Args:
+        value: The text.
+        in_line: It stands where a line break has no business: in a path, a query, a header field or a name.
+
+    Attributes:
+        value: The text as it came.
+        text: The text as it is meant; see :func:`~fastapi_hardening.security.input_validation.decoding.decode`.
+        exhausted: The text is still encoded.
+        in_line: As given.
+        steps: How many characters and tokens have been looked at, a number that does not depend on the machine.
+    """
+
+    def __init__(self, value: str, *, in_line: bool = False) -> None:
+        self.value = value
+        self.in_line = in_line
+        self.text, self.exhausted = decode(value)
+        self.steps = len(value) + len(self.text)
+
+    @cached_property
+    def lower(self) -> str:
+        """The text as it is meant, in lower case."""
+        self.steps += len(self.text)
+        return self.text.lower()
+
+    @cached_property
+    def is_long_prose(self) -> bool:
+        """Whether this is a text of many words, such as an article or an issue, which may quote code."""
+        start = self.text[:_LONG_ENOUGH]
+        self.steps += len(start)
+        return len(start) > _LONG and len(_WORD.findall(start)) > _MANY_WORDS
+
+    def has_any(self, *words: str) -> bool:
+        """Whether the text has one of these, given in lower case."""
+        lower = self.lower
+        self.steps += len(lower)
+        return any(word in lower for word in words)
+
+    def search(self, pattern: re.Pattern[str], text: str | None = None) -> re.Match[str] | None:
+        """Searches the text in lower case, or another one, with a pattern that looks ahead only so far."""
+        text = self.lower if text is None else text
+        self.steps += len(text)
+        return pattern.search(text)

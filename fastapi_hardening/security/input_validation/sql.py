@@ -1,0 +1,345 @@
+"""SQL injection: a value that ends the literal it is put into and goes on as SQL.
+
+The text is cut into the tokens of SQL as MySQL, PostgreSQL, SQL Server, Oracle and SQLite have them, once as it stands
+(it is put in unquoted) and once for each quote that could end the literal around it. Each token becomes one letter, so
+that a clause is a short word and a grammar a pattern of such words: ``1 or 1=1`` is ``1&1o1``. A quote alone is
+nothing, and a keyword alone is nothing. It takes a break-out and a clause that only an attack has after it: a comparison
+after ``or``, a second ``select``, another statement, a comment that cuts off the rest, a function that waits.
+
+The letters:
+
+    1 number    s string    u, w string without an end, of one word or several    v variable    t true, false, null    n name    M system table
+    f function with (    x dangerous function with (    & and, or, xor, ||    a arithmetic    o comparison    q ==
+    l like, in, between, is    U union    S select    F from    I into    H where    h having    r order, group    y by
+    L limit    E statement    T table, database    W waitfor    K case    k all, distinct, top, as ...    e exists
+    P procedure    c comment    z comment with text    and ( ) , ; . { } as they are    ? anything else
+"""
+
+import re
+from collections.abc import Iterator
+
+from fastapi_hardening.security.input_validation.reading import Reading
+
+CLASS = "sql"
+
+_TOKEN = re.compile(
+    r"""
+      (?P<space> \s++ | /\*!\d{0,6} | \*/ )
+    | (?P<inline> /\*.*?(?:\*/|\Z) )
+    | (?P<rest> (?:--|\#)[^\n]*+(?:\n|\Z) )
+    | (?P<text> (?:\b[nxbe]|\bu&)?'(?:[^'\\]|\\.|'')*+(?:'|\Z) | "(?:[^"\\]|\\.|"")*+(?:"|\Z) )
+    | (?P<number> \d++\.\d*+(?:e[-+]?\d++)?+ | \.\d++ )
+    | (?P<word> [\w$]++ | `[^`]{0,64}` | \[\w{1,64}\] )
+    | (?P<variable> @@?[\w$`'"]{0,64} )
+    | (?P<logic> \|\| | && )
+    | (?P<comparison> <=> | <> | != | \^= | >= | <= | := | !< | !> | [=<>] )
+    | (?P<arithmetic> [-+*/%^~|&!] )
+    | (?P<mark> [(),;.{}] )
+    | (?P<other> . )
+    """,
+    re.VERBOSE | re.DOTALL | re.IGNORECASE,
+)
+
+_KEYWORDS: dict[str, str] = {}
+for _letter, _words in {
+    "&": "or and xor",
+    "a": "div mod",
+    "l": "like rlike regexp ilike between in is similar glob sounds",
+    "U": "union intersect except",
+    "S": "select",
+    "F": "from",
+    "I": "into",
+    "H": "where",
+    "h": "having",
+    "r": "order group",
+    "y": "by",
+    "L": "limit offset",
+    "E": "drop insert delete update truncate alter create exec execute declare grant merge replace shutdown handler load "
+    "set show describe backup bulk rename revoke kill reconfigure call begin commit rollback prepare print",
+    "T": "table database schema view index trigger function column user login role tables databases",
+    "W": "waitfor",
+    "K": "case",
+    "k": "all distinct distinctrow top as on using values when then else end if any some collate binary",
+    "e": "exists",
+    "P": "procedure",
+    "t": "true false null unknown",
+}.items():
+    _KEYWORDS |= dict.fromkeys(_words.split(), _letter)
+_SKIPPED = frozenset({"not"})
+
+_DANGEROUS = frozenset(
+    "sleep benchmark pg_sleep load_file extractvalue updatexml xp_cmdshell xp_regread xp_dirtree sp_executesql randomblob "
+    "get_host_address get_host_name receive_message dblink pg_read_file pg_ls_dir lo_import lo_export sys_exec sys_eval "
+    "openrowset opendatasource make_set elt geometrycollection multipoint polygon multipolygon linestring gtid_subset "
+    "name_const st_latfromgeohash ctxsys load_extension fn_trace_gettable xmltype httpuritype sql_variant_property".split()
+)
+_FUNCTIONS = frozenset(
+    "version database user current_user session_user system_user schema char chr ascii concat concat_ws group_concat "
+    "string_agg substring substr mid ord hex unhex cast convert count length char_length bin_length if ifnull nullif "
+    "coalesce iif md5 sha1 password encode decode ceil conv row_count found_rows last_insert_id current_setting "
+    "db_name host_name user_name is_srvrolemember object_id xmlelement request utl_inaddr rand bin oct ord left right "
+    "lower upper trim reverse replace json_keys json_extract to_char to_number nvl sys_context ltrim rtrim row floor "
+    "aes_encrypt aes_decrypt des_encrypt is_member instr locate position strcmp exp pow now sysdate getdate dump "
+    "unicode quotename nchar datalength len isnull min max sum avg column_name sqlite_version printf typeof".split()
+)
+_SYSTEM = frozenset(
+    "information_schema pg_catalog pg_shadow pg_user pg_class pg_database sysobjects syscolumns sysdatabases syslogins "
+    "sysusers sqlite_master sqlite_schema sqlite_temp_master all_tables all_tab_columns user_tables dba_users all_users "
+    "v$version msysobjects msysaces schemata master mysql dual sys user_tab_columns dba_role_privs table_schema table_name "
+    "column_name syscat sysibm".split()
+)
+_SURELY_SYSTEM = _SYSTEM - {"master", "mysql", "dual", "sys", "table_name", "column_name", "table_schema"}
+
+# A number that runs into a keyword, which several databases read as two tokens.
+_GLUED = re.compile(r"(0x[0-9a-f]{1,64}?|\d{1,32}(?:e\d{1,3})?)(or|and|union|xor|order|group|having|like|in|is|limit)", re.IGNORECASE)
+_NUMBER = re.compile(r"\d++(?:e\d++)?|0x[0-9a-f]++|0b[01]++", re.IGNORECASE)
+
+# What may follow the quote that ends a literal, so that the rest is SQL.
+_BREAK_OUT = re.compile(
+    r"(?:\s{0,32}(?:[);]|/\*[^*]{0,64}\*/)){0,16}\s{0,32}"
+    r"(?:(?:or|and|xor|union|select|order|group|having|limit|like|rlike|regexp|ilike|between|in|is|not|div|mod|procedure|into|"
+    r"exec|execute|drop|insert|delete|update|truncate|alter|create|declare|shutdown|waitfor|if|where|from|begin|set|case|"
+    r"collate|as|except|intersect|show|handler|load|call|sounds|offset|end|then|values|print)\b"
+    r"|[-+*/%^~|&!=<>,#@`({]|/\*|;|\)\s{0,9}$|$)",
+    re.IGNORECASE,
+)
+_CLAUSES = (
+    "union", "select", "exec", "declare", "waitfor", "drop ", "insert", "delete", "update", "truncate", "sleep", "benchmark",
+    "having", "order", "alter ", "create ", "shutdown", "@@", "xp_", "sp_", "information_schema", "pg_", "sysobjects", "load",
+    "utl_", "dbms_", "group", "outfile", "dumpfile", "procedure", "extractvalue", "updatexml", "grant", "handler", "like",
+    "show ", "delay", "sqlite_", "rand", "set @", "describe", "null", "case", "intersect", "except", "bulk", "call ", "rename",
+)  # fmt: skip
+_LOGIC = re.compile(r"\b(?:or|and|xor)\b|\|\||&&|[=<>]")
+
+
+class _Tokens:
+    """A text in letters, with the words that some rules look at."""
+
+    __slots__ = ("count", "letters", "text")
+
+    def __init__(self, text: str, inside: str) -> None:
+        self.count = 0
+        letters = ["s"] if inside else []
+        words: list[str] = [inside] if inside else []
+        last = len(text)
+        for match in _TOKEN.finditer(text):
+            self.count += 1
+            kind, found = match.lastgroup, match[0]
+            if kind == "space":
+                continue
+            if kind == "word":
+                self._word(found, text, match.end(), letters, words)
+                continue
+            if kind == "inline":
+                if match.end() < last:
+                    continue
+                letters.append("c")
+                words.append("--")
+                continue
+            letters.append(_letter_of(kind, found))
+            words.append("--" if kind == "rest" else found.lower())
+        self.letters = "".join(letters)
+        # One blank between tokens, whatever stood there; with the statement rules, which look at words.
+        self.text = " ".join(words)
+
+    @staticmethod
+    def _word(found: str, text: str, end: int, letters: list[str], words: list[str]) -> None:
+        word = found.lower()
+        if word[0].isdigit():
+            glued = None if _NUMBER.fullmatch(word) else _GLUED.fullmatch(word)
+            if glued is not None:
+                letters += ["1", _KEYWORDS[glued[2]]]
+                words += [glued[1], glued[2]]
+                return
+            letters.append("1" if _NUMBER.fullmatch(word) else "n")
+            words.append(word)
+            return
+        if word in _SKIPPED:
+            return
+        letter = _KEYWORDS.get(word)
+        calls = letter is None or letter in "ktTE"
+        if calls and text[end : end + 33].lstrip()[:1] == "(":
+            if word in _DANGEROUS:
+                letter = "x"
+            elif word in _FUNCTIONS:
+                letter = "f"
+        if letter is None:
+            letter = "M" if word.strip("`[]") in _SYSTEM else "n"
+        letters.append(letter)
+        words.append(word)
+
+
+def _letter_of(kind: str | None, found: str) -> str:
+    if kind == "mark":
+        return found
+    if kind == "text":
+        found = found.lstrip("nNxXbBeEuU&")
+        if len(found) > 1 and found[-1] == found[0]:
+            return "s"
+        # Without an end it is what the query around it goes on with; words are what a quotation goes on with.
+        return "w" if " " in found[1:] and found[1:].strip() else "u"
+    if kind == "rest":
+        body = found.lstrip("-# +\t")
+        return "c" if len(body.rstrip("'\"-; +*/\n")) <= 3 else "z"  # noqa: PLR2004 - what is left of a cut-off query
+    if kind == "comparison":
+        return "o"
+    return {"logic": "&", "arithmetic": "a", "variable": "v", "number": "1"}.get(kind or "", "?")
+
+
+# --- clauses ----------------------------------------------------------------------------------------------------------
+
+_UP = r"[a(]{0,4}"
+_OPERAND = r"(?:[1stvMu]|n(?:\.n){0,3}|n\.[nM]|M\.[nM]|[fxn]\([^;]{0,60}?\))"
+_LITERAL = r"(?:[1tsvu]|f\([^;]{0,40}?\))"
+_UNION = re.compile(r"U[k(]{0,6}S(?:[k(]{0,6}(?:[1stvu](?!n)|[fxMaKSeT]|n(?:[,(.)coFI;&]|$))|$)")
+_UNION_ALONE = re.compile(r"^[1sn]?[)]{0,9}U[k(]{0,6}S?$")
+
+# After the quote that ended the literal.
+_QUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (name, re.compile(pattern))
+    for name, pattern in {
+        "tautology": rf"^s[)]{{0,9}}&{_UP}(?:1(?:,1){{1,9}}[)]o|{_OPERAND}[)]{{0,9}}(?:a{_OPERAND}){{0,4}}[)]{{0,9}}(?:o|q|l[(]{{0,3}}[1stvuS])|[(]?[eSK]\b|[(]{{0,4}}[xf][(]|[(]{{1,4}}S)",
+        "logic": rf"^s[)]{{0,9}}&{_UP}(?:[1stvu]|n)[)]{{0,9}}(?:c|[;]c?$|a?z)",
+        "union": r"^s[)]{0,9}(?:c?)U[k(]{0,6}(?:S|$)",
+        "comment": r"^s[)]{0,9};{0,2}c",
+        "where": rf"^s[)]{{0,9}}(?:kn|n)?H{_UP}{_OPERAND}[)]{{0,4}}[ol]",
+        "expression": r"^s(?:[a&olq]{1,4}[(]{0,3}(?:[1stvu]|n|[fx]\([^;]{0,40}?\))[)]{0,3}){0,12}[&olq][a]{0,3}(?:u|s|1s?c)$",
+        "stacked": r"^s[)]{0,9};{1,3}(?:[SEWUK]|k[(x]|P)",
+        "clause": r"^s[)]{0,9}(?:(?:&[1t])?ry(?:(?:1|n)[)]{0,9}(?:[,;czhL&]|$)|[fx][(])|[(]{1,4}S|h[(1ns]{1,4}o|I[nsTE]|P[n(]|W|L1|S[(1stvfxMa]|H[(1ns]{1,4}[ol]|xE)",
+        "function": r"^s[)]{0,9}(?:[a&o]{1,3}[(]{0,4}(?:[xSK]|f[(]))",
+        "comparison": r"^s(?:o|l|ao)(?:[(]{0,3}(?:[su]|1|t)(?:[cz;&)]|$)|[(]{1,3}S|[xf][(])",
+        "values": r"^s[)]{0,3}(?:,[(]{0,3}(?:[Sxf][(]|S|t,t)|(?:,t){1,12}[)])",
+        "concatenation": r"^s(?:&|a)(?:u$|sa|[(]{0,3}[xfS])",
+        "declaration": r"^s[)]{0,9};?E[v]",
+    }.items()
+)
+
+# As it stands, where a number or nothing is before the clause.
+_UNQUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (name, re.compile(pattern))
+    for name, pattern in {
+        "tautology": rf"^a?[1tvM]?[)]{{0,9}}&{_UP}(?:[1tvs]|(?<=1&)n(?:\.n){{0,2}}|(?<=1&)M\.[nM]|(?<=&)f\([^;]{{0,40}}?\)|(?<=\()f\([^;]{{0,40}}?\))[)]{{0,9}}(?:a{_LITERAL}){{0,4}}[)]{{0,9}}(?:o|l[(]{{0,3}}[1stvuS])[(]{{0,4}}(?:[1tvsuSfxMa]|n|$)",
+        "equality": rf"^[^o;]{{0,6}}&{_UP}(?:1[)]{{0,3}}o[(]?(?:[1v]|[fx][(]|[(]?S)|so[su])",
+        "logic": r"^[)]{0,9}&[a(]{0,4}[fx][(]|^a?1[)]{0,9}&[a(]{0,4}(?:t(?:$|[cz;&)])|1[)]{0,3}c|[(]{0,3}(?:S|x[(]|e[(]))",
+        "subquery": r"[1)&oa,(][(]S[k]{0,2}(?:[1svtfxMaK(]|n[),F.(]|S)",
+        "function": r"(?:^|[&oaS(,1kl;)]|^E)[(]{0,3}x[(][(]{0,3}[1sufvSnM]",
+        "stacked": r"^a?[1n]?[)]{0,3};{1,2}(?:S[(]?(?:[1svtfxMa]|n[(,.F])|W|E[v])",
+        "clause": r"^a?[1)][)]{0,9}(?:(?:&[1t])?ry(?:1(?:[,;cz&]|$)|[fx][(])|ry[nf1][^a-z]{0,2}h|h[(1ns]{1,4}o1?|P[n(]|W|Lf|L1,1)",
+        "where": rf"^a?1[)]{{0,9}}(?:kn)?H{_UP}{_OPERAND}[)]{{0,4}}[ol]",
+        "wait": r"Wn?[suv1]",
+        "nested": r"[fx][(][fx][(][fx][(]",
+        "comment": r"^;c$",
+        "union": r"^a?[1n]?[)]{0,9}U[k(]{0,6}[cz]",
+        "values": r"^a?1?[)]{0,3}(?:,t){1,12}[)]",
+        "arithmetic": r"^a?1[a&]{1,2}[(]{0,3}(?:x[(]|f[(]|[(]S|S)",
+        "variable": r"S[(]{0,3}v(?:$|[,;cz)FU&])",
+        "query": r"(?:^|[;(])[(]{0,3}S(?:k1|k{0,2})(?:[fx]\([^;]{0,60}\)(?:$|[;c)])|a(?:F[nM(`]|,)|(?:[1stvM]|n\.n|[fx]\([^;]{0,60}?\))(?:,(?:[1stvMna]|n\.n|[fx]\([^;]{0,40}?\))){0,20}(?:F[(nM]|F)|n(?:,n){1,20}F[nM(])",
+        "conditional": r"^a?[1s]?[)]{0,3}[;&a,]?(?:kf?|f)[(][xSf][^;]{0,40}",
+        "comparison": r"^a?[1tv][)]{0,3}o[(]{0,4}(?:S|x[(])",
+    }.items()
+)
+
+_NAME = r"[\w.\[\]`$\"]{1,64}(?: \. [\w\[\]`$\"]{1,64}){0,3}"
+_START = r"(?:^|; |[)'\"] |\d |-- )"
+_STATEMENTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (name, re.compile(pattern))
+    for name, pattern in {
+        "drop": rf"(?:; |^)(?:drop|truncate|alter|create) (?:table|database|schema|view|user|login|index|function|procedure|trigger|role)(?: if exists)? {_NAME}(?:$| [;(-]| set | add | cascade| as )|; drop \w{{1,40}} (?:;|--|$)",
+        "insert": rf"{_START}(?:insert|replace) into {_NAME} (?:\(|values|select|set)",
+        "delete": rf"; delete from {_NAME}(?:$| [;-]| where )|{_START}delete from {_NAME} (?:where {_NAME} (?:[=<>]|like|in)|;|--)",
+        "update": rf"{_START}update {_NAME} set {_NAME} = ",
+        "exec": r"(?:; |['\"] )(?:exec|execute) \( ?['\"]|(?:^|\W)(?:exec|execute) (?:\( ?@|(?:master )?(?:\. ){0,2}(?:dbo \. )?(?:xp|sp)_|immediate |master \.|@\w|xp$|sp$)|\bxp_(?:cmdshell|regread|dirtree|servicecontrol)\b",
+        "declare": r"(?:^|\W)declare @\w{1,40} (?:as )?(?:n?varchar|int|char|nchar|table|cursor|sysname|varbinary)",
+        "set": r"; set @\w{1,40} :?= |; show (?:tables|databases|warnings|columns|variables|grants)|; (?:shutdown|handler \w+ open|load data|bulk insert|call \w+ \(|use \w+ ;|prepare \w+ from|rename table|grant \w+ on|reconfigure|commit|rollback)",
+        "shutdown": r"['\"\d] ;? ?shutdown(?: with nowait)?(?:$| ;| --)",
+        "outfile": r" into (?:out|dump)file ['\"(]|\bprocedure analyse \(|\bload data (?:local )?infile ['\"]|\bload_file \(",
+        "wait": r"\bwai?t?for delay ['\"@]|\bwait ?for time ['\"]",
+        "copy": r"(?:; |^)copy (?:\w{1,40}|\( select .{1,60}\)) (?:from|to) (?:program )?['\"]",
+        "if": r"(?:^|; |['\"] )if ?\(? ?(?:\( ?)?(?:not )?(?:select|exists|substring|ascii|benchmark|\d+ ?[=<>] ?\d)",
+        "when": r"\bcase (?:when .{1,80} then .{1,60} (?:else|end)|\w{1,20} when \w{1,20} then)",
+        "full-text": r"['\"] in (?:boolean|natural language) mode \)",
+        "sequence": r"\b(?:utl_http|utl_inaddr|dbms_pipe|dbms_lock|dbms_ldap|dbms_utility|ctxsys) \. \w{1,40}(?: \. \w{1,40})? \(",
+    }.items()
+)
+_SAME = re.compile(r"(?:^|[ )'\"])(?:or|and|xor|\|\||&&) (?:\( ){0,4}([a-z_]{1,32}) = (?:\( ){0,2}\1(?: \)){0,4}(?:$| --| ;| (?:or|and) )")
+_SPLIT_WORD = re.compile(r"\b(?:un?i?o?/\*\*/i?o?n?\b|se?l?e?/\*\*/l?e?ct)", re.IGNORECASE)
+_NOTHING = re.compile(r"\s{0,9}'\s{0,3}[-^*=<>&|+/%]{1,3}\s{0,3}'\s{0,9}")
+_PROSE_BEFORE = re.compile(r"[a-z]{1,40},?\s{1,9}[a-z]|\d\s{0,3}$")
+
+CERTAIN = 5
+SUSPICIOUS = 3
+
+
+def find(reading: Reading) -> Iterator[tuple[str, int]]:
+    """The clauses of SQL in a text, each with its score."""
+    text = reading.text
+    reading.steps += 3 * len(text)
+    if text[:1] == '"' and '""' in text:
+        # A quoted field of a CSV file.
+        text = text[1:].removesuffix('"').replace('""', '"')
+    if "/**/" in text and _SPLIT_WORD.search(text):
+        text = text.replace("/**/", "")
+    if _NOTHING.fullmatch(text):
+        yield "quotes", CERTAIN
+        return
+    for quote in "'\"`":
+        position = text.find(quote)
+        if position < 0 or not _BREAK_OUT.match(text, position + 1):
+            continue
+        tokens = _Tokens(text[position + 1 :], quote)
+        reading.steps += len(text) + tokens.count
+        before = text[:position].lower()
+        for name, score in _after_break_out(tokens, before, quote):
+            yield f"quoted-{name}", score
+    if reading.has_any(*_CLAUSES) or _LOGIC.search(reading.lower) is not None:
+        tokens = _Tokens(text, "")
+        reading.steps += len(text) + tokens.count
+        yield from _as_it_stands(tokens, reading)
+
+
+def _after_break_out(tokens: _Tokens, before: str, quote: str) -> Iterator[tuple[str, int]]:
+    letters = tokens.letters
+    prose = _PROSE_BEFORE.search(before[-80:]) is not None
+    for name, pattern in _QUOTED:
+        if pattern.search(letters) is None:
+            continue
+        if name in ("comment", "logic", "comparison", "concatenation", "expression"):
+            # A quote that ends a quotation or means feet and inches is followed by these, too.
+            if name in ("expression", "concatenation") and not _says_something(letters, tokens.text):
+                continue
+            if prose or quote != "'" and name in ("concatenation", "comparison"):
+                continue
+            yield name, CERTAIN
+        else:
+            yield name, CERTAIN
+    if _UNION.search(letters):
+        yield "union-select", CERTAIN
+    if _SAME.search(tokens.text):
+        yield "tautology", CERTAIN
+    for name, pattern in _STATEMENTS:
+        if pattern.search(tokens.text):
+            yield name, CERTAIN
+
+
+def _says_something(letters: str, text: str) -> bool:
+    """Whether a rest is more than two strings with a word between them: it compares, calls or has a number."""
+    return any(letter in letters for letter in "olqfx1vt") or any(sign.isdigit() for sign in text[-12:])
+
+
+def _as_it_stands(tokens: _Tokens, reading: Reading) -> Iterator[tuple[str, int]]:
+    letters = tokens.letters
+    reading.steps += len(letters) * len(_UNQUOTED) + len(tokens.text) * len(_STATEMENTS)
+    if _UNION.search(letters):
+        yield "union-select", CERTAIN
+    elif _UNION_ALONE.search(letters):
+        yield "union", SUSPICIOUS
+    for name, pattern in _UNQUOTED:
+        if pattern.search(letters):
+            yield name, CERTAIN
+    for name, pattern in _STATEMENTS:
+        if pattern.search(tokens.text):
+            yield name, CERTAIN
+    if _SAME.search(tokens.text):
+        yield "tautology", CERTAIN
+    if any(word in reading.lower for word in _SURELY_SYSTEM):
+        yield "system-table", SUSPICIOUS
