@@ -127,7 +127,7 @@ def _crs(corpus: Path) -> Iterator[Case]:
             for stage in test.get("stages", ()):
                 if stage.get("output", {}).get("log", {}).get("expect_ids"):
                     for text in _values_of(stage["input"]):
-                        yield Case(text, kind, "crs-regression", "whole")
+                        yield Case(text, kind, "crs-regression", half_of(text))
 
 
 def _values_of(request: dict[str, Any]) -> Iterator[str]:

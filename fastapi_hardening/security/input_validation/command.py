@@ -7,6 +7,7 @@ more. Disguises are undone first: quotes and backslashes within words, ``${IFS}`
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 from fastapi_hardening.security.input_validation.reading import Reading
 
@@ -22,14 +23,14 @@ _STRONG = (
     "usermod|groupadd|userdel|gcc|traceroute|tracert|phpinfo|wmic|mshta|rundll32|regsvr32|cscript|wscript|xterm|busybox|mkfifo|"
     "mknod|nohup|socat|openssl|lsb_release|hostname|getent|dmesg|lscpu|lsblk|arp|msiexec|schtasks|netsh|whois|tcpdump|nmap|"
     "sudo|passwd|unlink|rmdir|mkdir|setfacl|iptables|mysql|psql|sqlite3|zcat|tac|od|xargs|sysctl|sh|fping|hping3|ping6?|"
-    "getcap|rbash|setsid|stdbuf|unzip|gzip|gunzip|bzip2|mysqldump|iconv|nsenter|chroot|docker|kubectl|pkill|killall|dir\\s{1,3}[a-z]:|echo|expr|set\\s/a"
+    "getcap|rbash|setsid|stdbuf|unzip|gzip|gunzip|bzip2|mysqldump|iconv|nsenter|chroot|docker|kubectl|pkill|killall|dir\\s{1,3}[a-z]:|echo|expr|set\\s/a|net\\s{1,3}(?:user|localgroup|group|view|use|start|share|stat)|(?:ba|z|k|da)?sh\\s{1,3}-c"
 )
 # Commands that are words, too.
 _WEAK = (
     "cat|id|ps|perl|curl|dash|dig|ruby|rev|nl|paste|ver|type|dir|sleep|time|date|find|sort|more|less|head|tail|cut|kill|who|last|test|touch|set|export|mail|exec|eval|print|printf|"
     "copy|move|del|erase|rm|mv|cp|ln|du|df|man|top|at|tee|vi|vim|ed|ex|halt|reboot|shutdown|poweroff|net|reg|start|call|nano|split|strings|ftp|"
-    "finger|mount|which|env|make|node|system|passthru|shell_exec|popen|tar|zip|diff|watch|service|systemctl|install|git|host|route|read|wait|uptime|"
-    "groups|users|w|uniq|comm|file|stat|locate|source|alias|history|logger|timeout|nice|sysinfo|attrib|break|true|false|cd|fdisk|free|gem|pip|npm|apt|yum|screen|dd"
+    "finger|mount|which|env|node|system|passthru|shell_exec|popen|tar|zip|diff|watch|service|systemctl|host|route|read|wait|uptime|"
+    "groups|users|w|uniq|comm|file|stat|locate|source|alias|history|logger|timeout|nice|sysinfo|attrib|break|true|false|cd|fdisk|free|screen|dd"
 )
 _PATHS = r"(?:\./|(?:/[\w.*?-]{1,32}){0,6}/|[a-z]:\\(?:[\w ]{1,32}\\){0,6}|%\w{1,20}%\\|~/)?"
 _SEPARATOR = r"(?:;|\|{1,2}|&{1,2}|\n|\r|\$\(|<\(|>\(|\\[nr]|\$\{IFS\}|=\(|!\s?`)"
@@ -41,20 +42,44 @@ _SHELL_ARGUMENT = (
 )
 _END = r"(?=\s{0,9}(?:$|[;|&`)\n\r#<>\"'}]|\\[nr]))"
 
+# A separator, what may stand before a command, and the word that may be one; which words are, sets say faster.
 _AFTER_SEPARATOR = re.compile(
-    rf"{_SEPARATOR}[\s;|&@({{\"'$!+]{{0,8}}(?:(?:sudo|nohup|exec|time|env|busybox|command|then|do|start|call|timeout\s\d+)\s{{1,4}}){{0,2}}"
-    rf"{_PATHS}(?:(?P<strong>{_STRONG})(?![\w-])|(?P<weak>{_WEAK})(?![\w-]))"
-    rf"(?:(?P<ended>{_END})|(?P<glued>[<>,({{$%+]|/(?=[a-z?]\b))|(?P<argued>\s{{1,9}}{_SHELL_ARGUMENT})|(?P<spaced>\s{{1,9}}))"
+    rf"{_SEPARATOR}[\s;|&@({{\"'$!+]{{0,8}}(?:(?:sudo|nohup|exec|time|env|busybox|command|then|do|start|call|timeout\s\d{{1,5}})\s{{1,4}}){{0,2}}"
+    rf"{_PATHS}(?P<word>[a-z_][\w.-]{{0,24}})"
 )
+_TAIL = re.compile(rf"(?P<ended>{_END})|(?P<glued>[<>,({{$%+]|/(?=[a-z?]\b))|(?P<argued>\s{{1,9}}{_SHELL_ARGUMENT})|(?P<spaced>\s{{1,9}})")
+_FIRST_WORD = re.compile(rf"[\s\"'({{;|&]{{0,6}}{_PATHS}(?P<word>[a-z_][\w.-]{{0,24}})")
+_STRONG_WORD = re.compile(rf"(?:{_STRONG})$")
+_WEAK_WORD = re.compile(rf"(?:{_WEAK})$")
+_TWO_WORDS = re.compile(r"(?:net\s{1,3}(?:user|localgroup|group|view|use|start|share|stat)|(?:ba|z|k|da)?sh\s{1,3}-c|dir\s{1,3}[a-z]:|set\s/a)(?![\w-])")
+
+
+@lru_cache(maxsize=4096)
+def _kind_of(word: str) -> str:
+    """Whether a word is a command: ``strong`` if it is nothing else, ``weak`` if it is a word of a language, too."""
+    word = word.rstrip(".-")
+    if _STRONG_WORD.match(word):
+        return "strong"
+    return "weak" if _WEAK_WORD.match(word) or _WEAK_WORD.match(word.removesuffix(".exe")) else ""
+
+
 _WITH_PATH = re.compile(rf"{_SEPARATOR}[\s\"'(]{{0,6}}(?:/(?:usr/)?(?:local/)?s?bin/|usr/bin/|/etc/|c:\\(?:windows|winnt|inetpub)\\)[\w?*]")
 _TICKS = re.compile(rf"\S{{0,40}}(?<!`)`(?!`)\s{{0,4}}{_PATHS}(?:{_STRONG}|{_WEAK})(?![\w-])[^`\n]{{0,200}}(?:`[^`\s]{{0,20}}\s{{0,4}}|$)$")
 _SUBSTITUTION = re.compile(rf"(?:\$\(|<\()\s{{0,4}}{_PATHS}(?:{_STRONG}|{_WEAK})(?:{_END}|\s{{1,9}}{_SHELL_ARGUMENT})")
 _WHOLE = re.compile(
     rf"[\s\"'({{]{{0,4}}{_PATHS}(?:(?:{_STRONG})|(?:cat|id|echo|type|dir|sleep|del|rm|cp|mv|net|reg|more|less|head|tail|find|touch|copy|cd|expr|tar|kill|system|host|ftp))(?:\.exe)?"
-    rf"(?:\s{{1,4}}{_OPTION}[\w=.:/-]{{0,40}}){{0,4}}\s{{0,4}}(?:(?:[<>]{{1,2}}\s{{0,3}})?(?:[~.]{{0,2}}/[\w./*?-]{{1,120}}|[a-z]:[\\/][\w.\\/ ]{{0,120}}|\d{{1,3}}(?:\.\d{{1,3}}){{3}}|localhost|https?://\S{{1,200}}))"
+    rf"(?:\s{{1,4}}(?:{_OPTION}[\w=.:/-]{{0,40}}|\d{{1,6}})){{0,6}}\s{{0,4}}(?:(?:[<>]{{1,2}}\s{{0,3}})?(?:[~.]{{0,2}}/[\w./*?-]{{1,120}}|[a-z]:[\\/][\w.\\/ ]{{0,120}}|\d{{1,3}}(?:\.\d{{1,3}}){{3}}|localhost|https?://\S{{1,200}}))"
     r"[\s\"')};&|#]{0,6}$"
 )
 _OPTIONS_ONLY = re.compile(rf"\s{{0,4}}{_PATHS}(?:{_STRONG})(?:\s{{1,4}}-[\w]{{1,8}}){{1,4}}\s{{0,4}}$|\s{{0,4}}/(?:usr/)?(?:local/)?s?bin/(?:(?:id|ls|ps|cat|whoami|uname|netstat|ifconfig|hostname|env)\s{{0,4}}$|\w{{1,20}}(?:\s{{1,4}}\S{{1,80}}){{1,6}}\s{{0,4}}$)")
+_ONLY = re.compile(rf"[\s\"'({{]{{0,4}}(?:{_STRONG}|id|ps|dir)\s{{0,3}}[;|&]{{1,2}}\s{{0,3}}$|\s{{0,4}}(?:which|type|man|sudo)\s{{1,3}}(?:{_STRONG})\s{{0,4}}$")
+_ALONE = re.compile(rf"[\s;|&]{{0,4}}(?:{_STRONG}|id)\W{{0,4}}$")
+_GLOB = re.compile(r"(?:^|[\s;|&<])/(?:[\w*-]{0,20}(?:\?|\[[\w/?^-]{1,6}\])[\w?*\[\]/-]{0,20}/[\w?*\[\]-]{1,20}|[\w?*-]{1,20}/[\w*-]{0,20}\?[\w?*]{1,20})(?=$|[\s;|&/])")
+_BATCH = re.compile(
+    r"\bfor\s{1,9}(?:/[a-z]\s{1,9}){0,3}(?:\"[^\"]{0,40}\"\s{1,4})?%{1,2}[^\s%]{1,12}\s{1,4}in\s{0,4}\(|\bif\s{1,9}(?:/i\s{1,4})?(?:not\s{1,4})?(?:exist\s{1,4}[\"(]?[a-z]:\\|%\w{1,30}%\s|\"%\w{1,30}%\")|"
+    r"[;&|]\s{0,4}(?:if|while|until|for)\s[^;\n]{1,120};\s{0,4}(?:then|do)\b|\w{0,8}:?\s?\(\)\s{0,4}\{\s{0,4}[^}\n]{0,30}\|[^}\n]{0,30}&\s{0,4};?\s{0,4}\}|^\s{0,4}\{(?:,[\w./-]{1,40}(?:,[\w./:-]{0,40}){0,6}|[a-z]{1,20},)\}\s{0,4}$"
+)
+_DEVICE = re.compile(r"/dev/(?:tcp|udp)/[\w.-]{1,80}/\d")
 _SENSITIVE = re.compile(r"/etc/(?:passwd|shadow|hosts|group|issue)|c:[\\/]{1,2}(?:windows|winnt|boot\.ini|inetpub)|win\.ini|boot\.ini|/dev/(?:tcp|udp)/|/proc/self|\|\s{0,3}(?:ba|z|k|da)?sh\b|-e\s{1,3}/bin/|rm\s{1,3}-\w{0,3}[rf]")
 _SHELLSHOCK = re.compile(r"(?:^\s{0,4}|[\s\"'=:])\(\s{0,4}\)\s{0,4}\{\s{0,4}[:_x]?\s{0,4};[^}]{0,40}\}\s{0,4}(?:;|>_)|^\s{0,4}\(\)\s{0,4}\{[^}]{0,60}\}\s{0,4};")
 _VARIABLE = re.compile(r"(?:^|[\s;|&`])([a-z_]\w{0,15})=(?:\$?\\?['\"][^'\"\n]{0,60}['\"]|[^\s;&|]{1,60})[;&|]{1,2}\s{0,4}\$\{?\1\b")
@@ -69,10 +94,16 @@ _CODE = re.compile(
 _OPEN_TAG = re.compile(r"<\?(?:php\b|=|\s{0,4}(?:system|exec|passthru|echo|print|eval|include)\b)|<%\s{0,4}(?:execute|eval|response\.|runtime|=\s{0,3}(?:system|`))")
 
 _QUOTES_IN_WORD = re.compile(r"(?<=[\w/])(?:''|\"\"|\\(?=[a-z/])|\$@|\$\*|\$\{@\}|\^)(?=[\w/])|\$\(\)|(?<=[\w/;|&\s])\\\n(?=\w)")
-_QUOTED_LETTER = re.compile(r"(?<![\w])(?:(?:['\"]\w{1,2}['\"]|\w{1,2}){2,12})")
+_QUOTED_WORD = re.compile(r"[\s;|&]{0,4}(?:\w{0,6}['\"]){3,12}\w{0,6}(?:\s|$)")
 _BLANKS = re.compile(r"\$\{ifs[^}]{0,20}\}|\$ifs(?:\$\d)?|%09|\{ifs\}|\t")
 _BRACES = re.compile(r"\{([\w./-]{1,40}(?:,[\w./:-]{1,80}){1,8})\}")
 _PROSE = re.compile(r"[a-z']{2,40},?\s{1,9}[a-z']{2,40}")
+_SEPARATING = (";", "|", "&", "\n", "\r", "$", "<(", ">(", "=(", "!", "\\n", "\\r")
+_CODE_WORDS = (
+    "system", "exec", "passthru", "popen", "eval", "assert", "subprocess", "__import__", "child_process", "mainmodule", "phpinfo", "$_",
+    "md5", "invoke-", "iex", "new-object", "frombase64", "call_user", "create_function", "getoutput", "pty.", "backtick", "processbuilder", "proc_open",
+)  # fmt: skip
+_BATCH_SIGNS = (" in(", " in (", "exist", "{,", ",}", "() {", "(){", "; do", ";do", "; then", ";then", "%\"", "% ", "%  ")
 _SIGNS = (";", "|", "&", "\n", "`", "$", "\\", "<(", "\r", "/", "-", "(", "<?", "<%", ":", "\\n")
 
 
@@ -82,11 +113,17 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
     reading.steps += 2 * len(lower)
     if not any(sign in lower for sign in _SIGNS):
         return
-    yield from _in_text(lower, reading)
+    found: set[str] = set()
+    for name, score in _in_text(lower, reading):
+        found.add(name)
+        yield name, score
     plain = _undisguised(lower)
     if plain != lower:
+        if _ALONE.match(plain):
+            yield "disguised", CERTAIN
         for name, score in _in_text(plain, reading):
-            yield f"disguised-{name}", score
+            if name not in found:
+                yield f"disguised-{name}", score
 
 
 def _undisguised(text: str) -> str:
@@ -94,8 +131,11 @@ def _undisguised(text: str) -> str:
         text = _BLANKS.sub(" ", text)
     if "{" in text and "," in text:
         text = _BRACES.sub(lambda match: match[1].replace(",", " "), text)
-    if "'" in text or '"' in text or "\\" in text or "^" in text or "$" in text:
+    if any(sign in text for sign in ("''", '""', "\\", "$", "^")):
         text = _QUOTES_IN_WORD.sub("", text)
+    if "'" in text or '"' in text:
+        if text.count("'") + text.count('"') > 2 and _QUOTED_WORD.match(text):  # noqa: PLR2004 - two are quotation marks
+            text = text.replace("'", "").replace('"', "")
     if "+" in text and " " not in text.strip():
         text = text.replace("+", " ")
     return text
@@ -103,28 +143,41 @@ def _undisguised(text: str) -> str:
 
 def _in_text(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
     reading.steps += 8 * len(text)
-    for match in _AFTER_SEPARATOR.finditer(text):
-        score = _score_of(match, text)
-        if score:
-            yield "separated", score
-            if score >= CERTAIN:
-                break
+    if any(sign in text for sign in _SEPARATING):
+        for match in _AFTER_SEPARATOR.finditer(text):
+            two = _TWO_WORDS.match(text, match.start("word"))
+            kind = "phrase" if two else _kind_of(match["word"])
+            score = _score_of(match, two.end() if two else match.end(), kind, text) if kind else 0
+            if score:
+                yield "separated", score
+                if score >= CERTAIN:
+                    break
+    if any(path in text for path in ("bin/", "/etc/", ":\\")):
+        with_path = _WITH_PATH.search(text)
+        if with_path is not None and not _is_prose(text, with_path.start()):
+            yield "separated-path", CERTAIN
     near = not _PROSE.search(text[:120].partition(";")[0].partition("|")[0].partition("&")[0])
-    with_path = _WITH_PATH.search(text)
-    if with_path is not None and not _is_prose(text, with_path.start()):
-        yield "separated-path", CERTAIN
     if "`" in text and _TICKS.match(text):
         yield "substitution", CERTAIN
     elif ("$(" in text or "<(" in text) and (found := _SUBSTITUTION.search(text)):
         certain = not _is_prose(text, found.start()) or _SENSITIVE.search(found[0])
         yield "substitution", CERTAIN if certain else 2
-    if _WHOLE.match(text) or _OPTIONS_ONLY.match(text):
+    if "dev/" in text and _DEVICE.search(text):
+        yield "device", CERTAIN
+    if ("?" in text or "[" in text) and "/" in text and _GLOB.search(text):
+        yield "glob", CERTAIN
+    if any(sign in text for sign in _BATCH_SIGNS) and _BATCH.search(text):
+        yield "script", CERTAIN
+    first = _FIRST_WORD.match(text)
+    if first is None or not _kind_of(first["word"]):
+        pass
+    elif _ONLY.match(text) or _WHOLE.match(text) or _OPTIONS_ONLY.match(text):
         yield "whole", CERTAIN
     if "{" in text and _SHELLSHOCK.search(text):
         yield "shellshock", CERTAIN
     if "=" in text and "$" in text and _VARIABLE.search(text):
         yield "variable", CERTAIN
-    if "(" in text or "[" in text or "invoke" in text or "-" in text:
+    if any(word in text for word in _CODE_WORDS):
         found = _CODE.search(text)
         if found is not None:
             yield "code", CERTAIN if near and not _is_prose(text, found.start()) else SUSPICIOUS
@@ -134,25 +187,29 @@ def _in_text(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
             yield "open-tag", CERTAIN
 
 
-def _score_of(match: re.Match[str], text: str) -> int:
+def _score_of(match: re.Match[str], end: int, kind: str, text: str) -> int:
+    tail = _TAIL.match(text, end)
+    if tail is None:
+        return CERTAIN if kind == "phrase" and not _is_prose(text, match.start()) else 0
     prose = _is_prose(text, match.start())
     separator = match[0][:2]
-    if match["argued"] or match["glued"]:
-        following = text[match.start() : match.start() + 200]
-        if _SENSITIVE.search(following):
+    first = separator[0]
+    if tail["argued"] or tail["glued"]:
+        if _SENSITIVE.search(text, match.start(), match.start() + 200):
             return CERTAIN
-        if prose or separator[0] == "\n" and match.start() > 0:
+        if prose or (first == "\n" and match.start() > 0):
             return 2
-        return CERTAIN if match["strong"] or match["argued"] or separator[:1] != "&" else 2
-    if prose or (separator[0] == "\n" and match.start() > 0 and "\n" in text.strip()):
+        return CERTAIN if kind != "weak" or tail["argued"] or first != "&" else 2
+    if prose or (first == "\n" and match.start() > 0 and "\n" in text.strip()):
         return 0
-    if match["ended"] is not None:
-        if match["strong"]:
-            return CERTAIN
-        # "AT&T; date" is a list; ";date" is none.
-        glued = not match[0][1:2].isspace() or not text[: match.start()].strip()
-        return CERTAIN if glued and (separator[0] != "&" or match.start() == 0 or text[match.end() :].strip()) else 2
-    return CERTAIN if match["strong"] and (separator[0] not in "&\n" or separator == "&&") else 0
+    if tail["ended"] is None:
+        return CERTAIN if kind != "weak" and (first not in "&\n" or separator == "&&") else 0
+    if kind != "weak":
+        return CERTAIN
+    # "AT&T; date" is a list; ";date" is none.
+    before = text[max(0, match.start() - 40) : match.start()].strip()
+    glued = not match[0][1:2].isspace() or not any(map(str.isalpha, before))
+    return CERTAIN if glued and (first != "&" or match.start() == 0 or text[end : end + 40].strip()) else 2
 
 
 def _is_prose(text: str, position: int) -> bool:

@@ -17,13 +17,14 @@ _FIELD = re.compile(
     r"access-control-[a-z-]{3,30}|host|x-[a-z-]{2,30}|last-modified|status|server|connection|cache-control|strict-transport-security|bcc|cc|to|subject|from|reply-to|mime-version)\s{0,3}:|"
     r"http/\d(?:\.\d)?\s{1,3}\d{3}|(?:get|post|put|delete|head)\s{1,3}[/h]\S{0,200}\s{1,3}http/\d)"
 )
+_BREAKS = ("\n", "\r", "\\n", "\\r", "0x0", "\u560a", "\u560d")
 _MAIL = re.compile(r"(?:bcc|cc|to|subject|from|reply-to|mime-version)\s{0,3}:")
 
 
 def find(reading: Reading) -> Iterator[tuple[str, int]]:
     """The line that a value adds to a header, with its score."""
     lower = reading.lower
-    if ":" not in lower and "http/" not in lower:
+    if (":" not in lower and "http/" not in lower) or not any(sign in lower for sign in _BREAKS):
         return
     hidden = reading.in_line or not ("\n" in reading.value or "\r" in reading.value)
     found = reading.search(_FIELD)

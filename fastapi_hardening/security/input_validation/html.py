@@ -74,7 +74,15 @@ _LITERAL_CALL = re.compile(
     r"\b(?:alert|prompt|confirm)\s{0,9}(?:\(|`)\s{0,9}(?:['\"/`]?[^'\"()\s]{1,24}['\"/`]?\s{0,9}(?:[)`]|$)|['\"/`&]|string|document|window|\d)"
 )
 _ONLY_A_CALL = re.compile(r"\W{0,16}(?:alert|prompt|confirm|eval|document\.write)\s{0,3}[(`][^()`]{0,200}(?:\([^()]{0,80}\)[^()`]{0,80})?[)`][\s;/\w'\"]{0,8}$")
+_ONLY_COOKIES = re.compile(r"\W{0,16}document\s?(?:/\*[^*]{0,40}\*/\s?)?(?:\.|\[)\W{0,40}(?:cookie|domain|location)\W{0,16}$")
+_COMPUTED_CALL = re.compile(r"\b(?:self|top|window|parent|this|frames|document|globalthis)\s{0,9}\)?(?:/\*[^*]{0,40}\*/)?\s{0,9}\[[^\]\n]{1,80}\]\s{0,9}[(`\[]")
+_OUT_OF_ATTRIBUTE = re.compile(r"[^<>]{0,60}[\"'][^<>\"']{0,20}/?>\s{0,9}<\s{0,3}[/!]?[a-z]", re.IGNORECASE)
 _SINKS = re.compile(_SINK + _CALLED)
+_SCRIPT_WORDS = (
+    "alert", "prompt", "confirm", "eval", "execscript", "msgbox", "setinterval", "settimeout", "setimmediate", "function", "fetch", "importscripts", "document",
+    "window", "fromcharcode", "location", "parent", "self", "top", "this", "frames", "html", "constructor", "append", "insertadj", "srcdoc", "xmlhttp", "image",
+    "sendbeacon", "storage", "unescape", "decodeuri", "atob",
+)  # fmt: skip
 _TEMPLATE_CALL = re.compile(r"\$\{\s{0,9}" + _SINK + _CALLED)
 _EVENT = re.compile(r"(?:^|[\s\"'`/;?&*)>\x00]|\*/)on([a-z_]{3,30})\s{0,9}(?:/\*[^*]{0,40}\*/)?=\s{0,9}(\S?)")
 _ADDRESS = re.compile(r"(?:^|[\"'`(=:;,\s>])(?:java|vb|live|j)script\s{0,3}:(?=[^\s:]|\s{0,9}(?:alert|eval|prompt|confirm|document|window|location))")
@@ -144,6 +152,11 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
     text = reading.text
     reading.steps += 2 * len(text)
     if "<" in text:
+        if _OUT_OF_ATTRIBUTE.match(text):
+            yield "out-of-attribute", CERTAIN
+        if lower_start := text[:40].strip().lower():
+            if lower_start.startswith(("</script", "</style", "</title", "</textarea")):
+                yield "closing-tag", CERTAIN
         yield from _in_tags(text)
     lower = reading.lower
     if "script" in lower or "data:" in lower or "mocha" in lower:
@@ -153,6 +166,8 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
             if match[1] in _EVENTS and match[2] not in ("", "=", ">"):
                 yield "event-handler", CERTAIN
                 break
+    if "document" in lower and _ONLY_COOKIES.match(lower):
+        yield "cookie", CERTAIN
     if "(" in lower or "`" in lower or "=" in lower or "[" in lower:
         yield from _in_scripts(reading)
     if "+adw-" in lower:
@@ -225,8 +240,12 @@ def _addresses(lower: str) -> Iterator[tuple[str, int]]:
 
 def _in_scripts(reading: Reading) -> Iterator[tuple[str, int]]:
     lower = reading.lower
+    if "[" in lower and _COMPUTED_CALL.search(lower):
+        yield "computed-call", CERTAIN
     if _ONLY_A_CALL.match(lower):
         yield "only-a-call", CERTAIN
+    if not any(word in lower for word in _SCRIPT_WORDS):
+        return
     if reading.search(_OUT_OF_STRING):
         yield "out-of-string", CERTAIN
     if "${" in lower and reading.search(_TEMPLATE_CALL):

@@ -48,6 +48,21 @@ _GRAMMARS: dict[str, _Find] = {
     ssrf.CLASS: ssrf.find,
 }
 
+# Without any of these signs a grammar finds nothing; a text without any signs at all is shown to all of them.
+_SIGNS: dict[str, bytes] = {
+    html.CLASS: b"<>(`=:[+$",
+    traversal.CLASS: b"/\\:%\xef\xee\xe2" + b"=",
+    command.CLASS: b";|&\n\r$`<>(\\/?[{'\"+%:",
+    template.CLASS: b"{<@[#$(_",
+    ldap.CLASS: b"*|&()@/",
+    nosql.CLASS: b"$'\"|=(;:",
+    nosql.PROTOTYPE: b"[.:='\"(",
+    xml.CLASS: b"<:",
+    crlf.CLASS: b"\r\n\\:\xe5",
+    jndi.CLASS: b"$:",
+    ssrf.CLASS: b":",
+}
+
 CLASSES: tuple[str, ...] = (*_GRAMMARS, ENCODING)
 """Every class of attack that is known."""
 
@@ -84,7 +99,7 @@ class Inspector:
 
     def __init__(self, classes: Iterable[str] = CLASSES, *, threshold: int = DEFAULT_THRESHOLD) -> None:
         wanted = frozenset(classes)
-        self._grammars = [(name, find) for name, find in _GRAMMARS.items() if name in wanted]
+        self._grammars = [(name, find, frozenset(_SIGNS.get(name, bytes(range(256))))) for name, find in _GRAMMARS.items() if name in wanted]
         self._budget = ENCODING in wanted
         self.classes = wanted
         self.threshold = threshold
@@ -106,7 +121,10 @@ class Inspector:
 
     def _closely(self, reading: Reading) -> tuple[Hit, ...]:
         found: list[Hit] = []
-        for name, find in self._grammars:
+        signs = frozenset(reading.signs)
+        for name, find, needed in self._grammars:
+            if signs and signs.isdisjoint(needed):
+                continue
             hits: dict[str, int] = {}
             for reason, score in find(reading):
                 hits[reason] = max(score, hits.get(reason, 0))

@@ -24,7 +24,7 @@ _OPERATOR = r"\$(?:where|ne|nin|in|gte?|lte?|eq|not|or|and|nor|regex|exists|type
 _IN_JSON = re.compile(rf"(?:[{{,\[]|^)\s{{0,9}}['\"]?{_OPERATOR}['\"]?\s{{0,9}}:")
 _IN_BRACKETS = re.compile(rf"\[\s{{0,3}}['\"]?{_OPERATOR}['\"]?\s{{0,3}}\]")
 _SCRIPT = re.compile(
-    r"['\"]\s{0,4}(?:;|&&|\|\||\}|\))\s{0,4}(?:return\b|var\s|this\.|while\s{0,3}\(|db\.|sleep\s{0,3}\(|function\s{0,3}\(|[\"']?\w{1,20}[\"']?\s{0,3}={2,3}\s{0,3})|"
+    r"['\"]\s{0,4}(?:;|&&|\|\||\}|\))\s{0,4}(?:return\b|var\s|this\.|while\s{0,3}\(|db\.|sleep\s{0,3}\(|function\s{0,3}\(|(?:\d{1,9}|[\"']\w{0,20}[\"']?)\s{0,3}={2,3}\s{0,3})|"
     r"\|\|\s{0,3}(?:\d{1,9}\s{0,3}={2,3}\s{0,3}\d|['\"][^'\"]{0,20}['\"]\s{0,3}={2,3})|;\s{0,3}return\s{1,4}(?:true|1|this\.\w{1,20})\s{0,3}(?:[;}]|$|//)|\bthis\.\w{1,40}\s{0,3}(?:\.match\s{0,3}\(|={2,3}|!=)|"
     r"\bdb\.\w{1,40}\.(?:insert|drop|remove|find|update|delete|mapreduce|aggregate|count)\w{0,12}\s{0,3}\(|\bdb\.(?:getcollectionnames|dropdatabase|version|injection)\b"
 )
@@ -37,7 +37,7 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
     reading.steps += len(lower)
     if "$" in lower and (reading.search(_IN_JSON) or reading.search(_IN_BRACKETS)):
         yield "operator", CERTAIN
-    if ("'" in lower or '"' in lower or "||" in lower or "this." in lower or "db." in lower or "return" in lower) and reading.search(_SCRIPT):
+    if any(word in lower for word in ("return", "this.", "db.", "==", "var ", "while", "function", "sleep")) and reading.search(_SCRIPT):
         yield "script", CERTAIN
 
 

@@ -9,38 +9,45 @@ Example:
 """
 
 import re
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+from fastapi_hardening.core.private_address import is_private_host
 from fastapi_hardening.security.input_validation.decoding import decode
 
 # Letters, digits, blanks and the punctuation that no grammar begins with.
 _PLAIN = bytes(range(0x30, 0x3A)) + bytes(range(0x41, 0x5B)) + bytes(range(0x61, 0x7B)) + b" _-.,!?\t"
+_IN_ADDRESS = b":/{}"
 
-# Words alone can be an attack on a number that is put into a query unquoted; they need to begin with one.
-_NUMBER_FIRST = re.compile(r"\s{0,9}[-.\d]{1,40}\s{1,9}(?:or|and|xor|union|order|group|having|waitfor|limit)\s", re.IGNORECASE)
-_STATEMENT = re.compile(
-    r"(?:union|select|exec|order\s{1,9}by|having|etc|or|and|drop|truncate|waitfor|procedure|shutdown)\s", re.IGNORECASE
+# Words alone can be an attack on a number that is put into a query unquoted, or a command with its arguments.
+_WORDS = re.compile(
+    r"\s{0,9}(?:[-.\d]{1,40}\s{1,9}(?:or|and|xor|union|order|group|having|waitfor|limit|exec|execute|select|insert|drop|delete|update|rlike|like|between|"
+    r"in|where|procedure|as|is|not)|union|select|exec|order\s{1,9}by|having|etc|or|and|drop|truncate|waitfor|procedure|shutdown|ping|which|create|grant|"
+    r"insert|delete|update|alter|print|declare|where)\s",
+    re.IGNORECASE,
 )
-
-
+# A web address that is nothing else: its host is looked at, and where it goes up.
+_ADDRESS = re.compile(r"https?://([a-z][a-z0-9.-]{2,80})(?=[/:]|$)", re.IGNORECASE)
 _LONG, _LONG_ENOUGH, _MANY_WORDS = 120, 4000, 15
 _WORD = re.compile(r"(?<![^\s(])[A-Za-z\u00c0-\u024f]{2,20}[,.]?\s")
 
 
 def is_plain(text: str) -> bool:
     """Whether nothing in a text can be an attack of any class, as one look tells."""
-    if text.encode("utf-8", "surrogatepass").translate(None, _PLAIN):
+    signs = text.encode("utf-8", "surrogatepass").translate(None, _PLAIN)
+    if signs:
+        return not signs.translate(None, _IN_ADDRESS) and _is_address(text)
+    return ".." not in text and (" " not in text or _WORDS.match(text) is None)
+
+
+def _is_address(text: str) -> bool:
+    """Whether a text is a web address on the public internet, and goes nowhere by itself."""
+    match = _ADDRESS.match(text)
+    if match is None or ".." in text or "{{" in text or " " in text or ":" in text[8:]:
         return False
-    return ".." not in text and not _may_be_query(text)
+    return not _is_private(match[1])
 
 
-def is_plain_ascii(data: bytes) -> bool:
-    """The same of bytes that are not decoded yet; what is not ASCII is not plain."""
-    return not data.translate(None, _PLAIN) and b".." not in data and not _may_be_query(data.decode("ascii"))
-
-
-def _may_be_query(text: str) -> bool:
-    return " " in text and (_NUMBER_FIRST.match(text) is not None or _STATEMENT.match(text) is not None)
+_is_private = lru_cache(maxsize=1024)(is_private_host)
 
 
 class Reading:
@@ -53,6 +60,7 @@ class Reading:
     Attributes:
         value: The text as it came.
         text: The text as it is meant; see :func:`~fastapi_hardening.security.input_validation.decoding.decode`.
+        signs: What is left of the text without letters, digits and plain punctuation.
         exhausted: The text is still encoded.
         in_line: As given.
         steps: How many characters and tokens have been looked at, a number that does not depend on the machine.
@@ -62,7 +70,8 @@ class Reading:
         self.value = value
         self.in_line = in_line
         self.text, self.exhausted = decode(value)
-        self.steps = len(value) + len(self.text)
+        self.signs = self.text.encode("utf-8", "surrogatepass").translate(None, _PLAIN)
+        self.steps = len(value) + 2 * len(self.text)
 
     @cached_property
     def lower(self) -> str:

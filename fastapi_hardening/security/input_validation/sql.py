@@ -90,6 +90,14 @@ _SYSTEM = frozenset(
 )
 _SURELY_SYSTEM = _SYSTEM - {"master", "mysql", "dual", "sys", "table_name", "column_name", "table_schema"}
 
+# Functions that a text about something else does not call.
+_TELLING = _DANGEROUS | frozenset(
+    ("ascii", "substring", "substr", "length", "concat", "concat_ws", "group_concat", "version", "convert", "cast", "count", "iif", "isnull", "char", "chr", "if",
+     "database", "current_setting", "host_name", "db_name"),
+)  # fmt: skip
+_LONGEST_NAME = 32
+_LAST_WORD = re.compile(r"\w{1,32}$")
+
 # A number that runs into a keyword, which several databases read as two tokens.
 _GLUED = re.compile(r"(0x[0-9a-f]{1,64}?|\d{1,32}(?:e\d{1,3})?)(or|and|union|xor|order|group|having|like|in|is|limit)", re.IGNORECASE)
 _NUMBER = re.compile(r"\d++(?:e\d++)?|0x[0-9a-f]++|0b[01]++", re.IGNORECASE)
@@ -103,13 +111,71 @@ _BREAK_OUT = re.compile(
     r"|[-+*/%^~|&!=<>,#@`({]|/\*|;|\)\s{0,9}$|$)",
     re.IGNORECASE,
 )
-_CLAUSES = (
-    "union", "select", "exec", "declare", "waitfor", "drop ", "insert", "delete", "update", "truncate", "sleep", "benchmark",
-    "having", "order", "alter ", "create ", "shutdown", "@@", "xp_", "sp_", "information_schema", "pg_", "sysobjects", "load",
-    "utl_", "dbms_", "group", "outfile", "dumpfile", "procedure", "extractvalue", "updatexml", "grant", "handler", "like",
-    "show ", "delay", "sqlite_", "rand", "set @", "describe", "null", "case", "intersect", "except", "bulk", "call ", "rename",
-)  # fmt: skip
-_LOGIC = re.compile(r"\b(?:or|and|xor)\b|\|\||&&|[=<>]")
+# A first look at a text as it stands: does it open like the rest of a condition, or have a clause? All that the grammars
+# can find passes it, but for what has comments or lines between its words; most prose does not.
+_OPENING = re.compile(
+    r"[-+(\s]{0,9}(?:[\w.,@`-]{0,40}|\w{1,30}(?:['\"]\w{0,20}['\"])?)[)\s'\"%]{0,12}(?:or|and|xor|\|\||&&|union|order|group|having|where|procedure|limit|rlike|regexp|like|in|between|"
+    r"waitfor|as|is|exec|execute|select|print|case|if|[;=<>|&^])(?![a-z])|\s{0,9}[-+]?\d{1,20}[.\de]{0,9}[)\s]{0,9}(?:or|and|union|order|having|[-+*/%^&|,])|[\s)]{0,9},",
+    re.IGNORECASE,
+)
+_OPENING_LENGTH = 200
+
+# Words that a text in lower case is asked for first, which is quick, and what has to be there besides.
+_CLAUSES: tuple[tuple[str, re.Pattern[str] | None], ...] = tuple(
+    (word, None if pattern is None else re.compile(pattern))
+    for word, pattern in {
+        "union": r"union(?:\W|all|$)",
+        "select": r"select(?:\W{1,9}(?:all|distinct|top|sql_\w{1,20})\b)?\W{0,12}(?:[(*@\d'\"`]|null|case|[\w.`]{1,64}\W{0,6}(?:,|from\b|\()|[\w.]{1,40}\s{0,3}[;)])|select\W{0,9}$",
+        "exec": r"exec(?:ute)?\W{0,9}(?:@|\(|['\"]|(?:master|xp|sp|immediate)\b|[xs]p_)",
+        "xp_": None,
+        "declare": r"declare\W{1,9}@",
+        "wai": r"wait?for\W{0,9}(?:delay|time)\b|waifor",
+        "drop": r"drop\W{1,9}(?:table|database|schema|view|user|login|index|function|procedure|trigger|role)\b",
+        "truncate": r"truncate\W{1,9}table",
+        "alter": r"alter\W{1,9}(?:table|database|schema|view|user|login|index|function|procedure|trigger|role)\b",
+        "create": r"create\W{1,9}(?:table|database|schema|view|user|login|index|function|procedure|trigger|role)\b",
+        "into": r"(?:insert|replace)\W{1,9}into\b|into\W{1,9}(?:out|dump)file\b",
+        "delete": r"delete\W{1,9}from\b",
+        "update": r"update\W{1,9}[\w.`]{1,64}\W{1,9}set\b",
+        "analyse": r"procedure\W{1,9}analyse",
+        "utl_": None,
+        "dbms_": None,
+        "information_schema": None,
+        "pg_": None,
+        "sys": r"sys(?:objects|columns|databases|users|logins)|msys|syscat|sysibm",
+        "sqlite_": None,
+        "_tables": None,
+        "dba_": None,
+        "v$version": None,
+        "schemata": None,
+        "case": r"case\W{1,9}(?:when|\w{1,20}\W{1,9}when)\b",
+        "null": r",\s{0,3}null\b",
+        "||": None,
+        "&&": None,
+        "grant": r"grant\W{1,3}(?:all|select|insert|update|delete|execute|dba|connect)\b",
+        ";": r";\W{0,9}(?:drop|insert|delete|update|truncate|show|set|shutdown|handler|load|bulk|call|prepare|rename|grant|reconfigure|commit|rollback|copy|if|begin|declare)\b",
+        "shutdown": None,
+        "copy": r"copy\W{1,3}[\w(]{1,40}\W{1,3}(?:from|to)\b",
+        "or": r"(?:or|and)(?:[\s(]{1,9}(?:not\s{1,9})?|(?=['\"]))(?:['\"][^'\"]{0,40}['\"]|['\"\w.@-]{1,40})[\s)]{0,9}(?:[-+*/%]\s{0,3}[\w.]{1,20}\s{0,3})?(?:[=<>!^]|like\b|in\s{0,3}\()|(?:or|and)[\s(]{1,9}[\w.]{1,30}\(",
+    }.items()
+)
+
+
+def _has_clause(reading: Reading) -> bool:
+    lower = reading.lower
+    reading.steps += len(lower)
+    for word, pattern in _CLAUSES:
+        if (word in lower or (word == "or" and "and" in lower)) and (pattern is None or pattern.search(lower)):
+            reading.steps += len(lower)
+            return True
+    position = lower.find("(")
+    while position >= 0:
+        name = lower[max(0, position - _LONGEST_NAME) : position].rstrip()
+        found = _LAST_WORD.search(name)
+        if found is not None and found[0] in _TELLING:
+            return True
+        position = lower.find("(", position + 1)
+    return False
 
 
 class _Tokens:
@@ -200,12 +266,12 @@ _QUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     for name, pattern in {
         "tautology": rf"^s[)]{{0,9}}&{_UP}(?:1(?:,1){{1,9}}[)]o|{_OPERAND}[)]{{0,9}}(?:a{_OPERAND}){{0,4}}[)]{{0,9}}(?:o|q|l[(]{{0,3}}[1stvuS])|[(]?[eSK]\b|[(]{{0,4}}[xf][(]|[(]{{1,4}}S)",
         "logic": rf"^s[)]{{0,9}}&{_UP}(?:[1stvu]|n)[)]{{0,9}}(?:c|[;]c?$|a?z)",
-        "union": r"^s[)]{0,9}(?:c?)U[k(]{0,6}(?:S|$)",
+        "union": r"^s[)]{0,9}(?:c?)U[k(]{0,6}S?$",
         "comment": r"^s[)]{0,9};{0,2}c",
-        "where": rf"^s[)]{{0,9}}(?:kn|n)?H{_UP}{_OPERAND}[)]{{0,4}}[ol]",
+        "where": rf"^s[)]{{0,9}}(?:kn|n)?H{_UP}{_OPERAND}[)]{{0,4}}(?:o|l[(1stvu])",
         "expression": r"^s(?:[a&olq]{1,4}[(]{0,3}(?:[1stvu]|n|[fx]\([^;]{0,40}?\))[)]{0,3}){0,12}[&olq][a]{0,3}(?:u|s|1s?c)$",
         "stacked": r"^s[)]{0,9};{1,3}(?:[SEWUK]|k[(x]|P)",
-        "clause": r"^s[)]{0,9}(?:(?:&[1t])?ry(?:(?:1|n)[)]{0,9}(?:[,;czhL&]|$)|[fx][(])|[(]{1,4}S|h[(1ns]{1,4}o|I[nsTE]|P[n(]|W|L1|S[(1stvfxMa]|H[(1ns]{1,4}[ol]|xE)",
+        "clause": r"^s[)]{0,9}(?:(?:&[1t])?ry(?:(?:1|n)[)]{0,9}(?:[,;czhL&]|$)|[fx][(])|[(]{1,4}S|h[(1ns]{1,4}o|I[nsTE]|P[n(]|W|L1|xE)",
         "function": r"^s[)]{0,9}(?:[a&o]{1,3}[(]{0,4}(?:[xSK]|f[(]))",
         "comparison": r"^s(?:o|l|ao)(?:[(]{0,3}(?:[su]|1|t)(?:[cz;&)]|$)|[(]{1,3}S|[xf][(])",
         "values": r"^s[)]{0,3}(?:,[(]{0,3}(?:[Sxf][(]|S|t,t)|(?:,t){1,12}[)])",
@@ -218,13 +284,13 @@ _QUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 _UNQUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (name, re.compile(pattern))
     for name, pattern in {
-        "tautology": rf"^a?[1tvM]?[)]{{0,9}}&{_UP}(?:[1tvs]|(?<=1&)n(?:\.n){{0,2}}|(?<=1&)M\.[nM]|(?<=&)f\([^;]{{0,40}}?\)|(?<=\()f\([^;]{{0,40}}?\))[)]{{0,9}}(?:a{_LITERAL}){{0,4}}[)]{{0,9}}(?:o|l[(]{{0,3}}[1stvuS])[(]{{0,4}}(?:[1tvsuSfxMa]|n|$)",
+        "tautology": rf"^a?[1tvM]?[)]{{0,9}}&{_UP}(?:[1tvs]|(?<=1&)n(?:\.n){{0,2}}|(?<=1&)M\.[nM]|(?<=&)f\([^;]{{0,40}}?\)|(?<=\()f\([^;]{{0,40}}?\))[)]{{0,9}}(?:a{_LITERAL}){{0,4}}[)]{{0,9}}(?:o[(]{{0,4}}(?:[1tvsuSfxMa]|n|$)|l(?:[(]{{1,3}}[1stvuS]|[stvuS]))",
         "equality": rf"^[^o;]{{0,6}}&{_UP}(?:1[)]{{0,3}}o[(]?(?:[1v]|[fx][(]|[(]?S)|so[su])",
         "logic": r"^[)]{0,9}&[a(]{0,4}[fx][(]|^a?1[)]{0,9}&[a(]{0,4}(?:t(?:$|[cz;&)])|1[)]{0,3}c|[(]{0,3}(?:S|x[(]|e[(]))",
-        "subquery": r"[1)&oa,(][(]S[k]{0,2}(?:[1svtfxMaK(]|n[),F.(]|S)",
+        "subquery": r"^[(]S1[)]$|[1)&oa,(][(]S[k]{0,2}(?:[1svtfxMaK(]|n[),F.(]|S)",
         "function": r"(?:^|[&oaS(,1kl;)]|^E)[(]{0,3}x[(][(]{0,3}[1sufvSnM]",
         "stacked": r"^a?[1n]?[)]{0,3};{1,2}(?:S[(]?(?:[1svtfxMa]|n[(,.F])|W|E[v])",
-        "clause": r"^a?[1)][)]{0,9}(?:(?:&[1t])?ry(?:1(?:[,;cz&]|$)|[fx][(])|ry[nf1][^a-z]{0,2}h|h[(1ns]{1,4}o1?|P[n(]|W|Lf|L1,1)",
+        "clause": r"^[Hh]1o1|^ry1(?:,1){0,20}c|^a?[1)][)]{0,9}(?:(?:&[1t])?ry(?:1(?:[,;cz&]|$)|[fx][(])|ry[nf1][^a-z]{0,2}h|h[(1ns]{1,4}o1?|P[n(]|W|Lf|L1,1)",
         "where": rf"^a?1[)]{{0,9}}(?:kn)?H{_UP}{_OPERAND}[)]{{0,4}}[ol]",
         "wait": r"Wn?[suv1]",
         "nested": r"[fx][(][fx][(][fx][(]",
@@ -248,10 +314,11 @@ _STATEMENTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         "insert": rf"{_START}(?:insert|replace) into {_NAME} (?:\(|values|select|set)",
         "delete": rf"; delete from {_NAME}(?:$| [;-]| where )|{_START}delete from {_NAME} (?:where {_NAME} (?:[=<>]|like|in)|;|--)",
         "update": rf"{_START}update {_NAME} set {_NAME} = ",
-        "exec": r"(?:; |['\"] )(?:exec|execute) \( ?['\"]|(?:^|\W)(?:exec|execute) (?:\( ?@|(?:master )?(?:\. ){0,2}(?:dbo \. )?(?:xp|sp)_|immediate |master \.|@\w|xp$|sp$)|\bxp_(?:cmdshell|regread|dirtree|servicecontrol)\b",
+        "exec": r"(?:; |['\"] |^\d{1,9} )(?:exec|execute) \( ?['\"]|(?:^|\W)(?:exec|execute) (?:\( ?@|(?:master )?(?:\. ){0,2}(?:dbo \. )?(?:xp|sp)_|immediate |master \.|@\w|xp$|sp$)|\bxp_(?:cmdshell|regread|dirtree|servicecontrol)\b",
         "declare": r"(?:^|\W)declare @\w{1,40} (?:as )?(?:n?varchar|int|char|nchar|table|cursor|sysname|varbinary)",
-        "set": r"; set @\w{1,40} :?= |; show (?:tables|databases|warnings|columns|variables|grants)|; (?:shutdown|handler \w+ open|load data|bulk insert|call \w+ \(|use \w+ ;|prepare \w+ from|rename table|grant \w+ on|reconfigure|commit|rollback)",
+        "set": r"; set @\w{1,40} :?= |; show (?:tables|databases|warnings|columns|variables|grants)|; (?:shutdown|handler \w+ open|load data|bulk insert|call \w+ \(|prepare \w+ from|rename table|grant \w+ on|reconfigure|commit|rollback)",
         "shutdown": r"['\"\d] ;? ?shutdown(?: with nowait)?(?:$| ;| --)",
+        "grant": rf"^\W{{0,4}}(?:create user {_NAME} identified by|grant (?:all|select|insert|update|delete|execute|dba|connect)\b.{{0,60}} (?:on .{{1,60}} )?to )",
         "outfile": r" into (?:out|dump)file ['\"(]|\bprocedure analyse \(|\bload data (?:local )?infile ['\"]|\bload_file \(",
         "wait": r"\bwai?t?for delay ['\"@]|\bwait ?for time ['\"]",
         "copy": r"(?:; |^)copy (?:\w{1,40}|\( select .{1,60}\)) (?:from|to) (?:program )?['\"]",
@@ -273,10 +340,14 @@ SUSPICIOUS = 3
 def find(reading: Reading) -> Iterator[tuple[str, int]]:
     """The clauses of SQL in a text, each with its score."""
     text = reading.text
-    reading.steps += 3 * len(text)
-    if text[:1] == '"' and '""' in text:
+    yield from _find(text, reading)
+    if text[:1] == '"' == text[-1:] and '""' in text:
         # A quoted field of a CSV file.
-        text = text[1:].removesuffix('"').replace('""', '"')
+        yield from _find(text[1:-1].replace('""', '"'), reading)
+
+
+def _find(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
+    reading.steps += 3 * len(text)
     if "/**/" in text and _SPLIT_WORD.search(text):
         text = text.replace("/**/", "")
     if _NOTHING.fullmatch(text):
@@ -291,7 +362,7 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
         before = text[:position].lower()
         for name, score in _after_break_out(tokens, before, quote):
             yield f"quoted-{name}", score
-    if reading.has_any(*_CLAUSES) or _LOGIC.search(reading.lower) is not None:
+    if "/*" in text or "\n" in text or _OPENING.match(text[:_OPENING_LENGTH]) or _has_clause(reading):
         tokens = _Tokens(text, "")
         reading.steps += len(text) + tokens.count
         yield from _as_it_stands(tokens, reading)

@@ -31,7 +31,7 @@ _ABSOLUTE = re.compile(
     r"(?:[/\\]{1,4}(?:private[/\\])?(?:etc|proc|root|boot|var[/\\]{1,3}(?:log|logs|adm|spool|run|mail|lib|lp|backups?|apache2?|nm2|cpanel|saf)|"
     r"usr[/\\]{1,3}(?:local[/\\]{1,3})?(?:etc|lib|zend|apache\d?|php\d?|cpanel|httpd|mysql|nginx|pgsql|psa|lsws|zeus|samba)|"
     r"(?:opt|volumes)[/\\]{1,3}(?:lampp|xampp|apache\d?|macintosh_hd1)|dev[/\\](?:random|urandom|zero|tcp|udp|fd|mem)|sys[/\\]|winnt|windows|inetpub)(?:[/\\]|$)"
-    r"|[a-z]:[/\\]{1,4}(?:boot\.ini|windows|winnt|inetpub|winxp|xampp|wamp|apache|php\d?[/\\]|mysql|autoexec\.bat|config\.sys|system volume|"
+    r"|\\\\[\w.-]{1,80}\\(?:[a-z]|admin|ipc)\$\\|[a-z]:[/\\]{1,4}(?:boot\.ini|windows|winnt|inetpub|winxp|xampp|wamp|apache|php\d?[/\\]|mysql|autoexec\.bat|config\.sys|system volume|"
     r"program files[^/\\]{0,8}[/\\]{1,4}(?:apache|mysql|php|xampp|filezilla|postgres|microsoft iis))"
     r"|/?[a-z]:[/\\]?(?:windows|winnt|inetpub|boot\.ini)|[/\\]program files(?: \(x86\))?[/\\](?:apache|mysql|php|xampp|filezilla|postgres)"
     r"|[/\\](?:[\w.-]{1,40}[/\\]{1,3}){0,8}(?:php\.ini|httpd\.conf|nginx\.conf|my\.(?:cnf|ini)|\.ht(?:access|passwd)|(?:access|error)[._]\s?log|"
@@ -40,6 +40,7 @@ _ABSOLUTE = re.compile(
     r"[^\s\"'<>|(){}]{0,400}(?:[a-z ]{0,30}[/\\.][^\s]{0,200})?$"
 )
 _SCHEME = re.compile(r"(?:^|[=\"'\s(])(?:file:/{0,4}[/\\.a-z]|php://(?:filter|input|stdin|fd|memory|temp|output)|expect://|phar://|zip://|glob://|compress\.\w{2,6}://|zlib://|ogg://|rar://|ssh2\.\w{2,6}://|netdoc:/|jar:(?:file|https?):)")
+_SCHEMES = ("file:", "php:", "expect:", "phar:", "zip:", "glob:", "compress.", "zlib:", "ogg:", "rar:", "ssh2.", "netdoc:", "jar:")
 # "../" and "/etc/" as base64.
 _BASE64 = re.compile(r"(?:Li4v){2}|L2V0Yy9")
 _LOST_SEPARATORS = re.compile(r"\.{4,60}(?:etc|boot\.ini|win\.ini|windows|winnt|inetpub|proc)\b")
@@ -50,10 +51,14 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
     """How a value leaves the folder that it belongs to, with a score."""
     lower = reading.lower
     reading.steps += 4 * len(lower)
-    if "://" in lower or "file:" in lower or "jar:" in lower or "netdoc:" in lower:
+    if ":" in lower and any(scheme in lower for scheme in _SCHEMES):
         scheme = reading.search(_SCHEME)
         if scheme is not None:
             yield "local-scheme", CERTAIN
+    if not any(sign in lower for sign in ("/", "\\", "..", ".ini", ".ht", "c:", "d:", "0x2e")):
+        if _BASE64.match(reading.value):
+            yield "base64", CERTAIN
+        return
     whole = lower.strip().strip("\"'`")
     if "/./" in whole or "\\.\\" in whole:
         whole = _DOT_SEGMENTS.sub("", whole)
