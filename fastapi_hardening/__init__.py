@@ -15,6 +15,7 @@ from fastapi_hardening.harden import harden
 from fastapi_hardening.observability.access_log import configure_logging
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
 from fastapi_hardening.security.cors import Cors
+from fastapi_hardening.security.input_validation import InputPolicy
 from fastapi_hardening.security.rate_limit import RateLimit
 from fastapi_hardening.security.request_limits import RequestLimits
 from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders
@@ -27,6 +28,7 @@ __all__ = [
     "CspNonce",
     "CurrentRequest",
     "Hardening",
+    "InputPolicy",
     "Problem",
     "RateLimit",
     "RequestId",

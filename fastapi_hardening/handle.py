@@ -16,6 +16,7 @@ from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore
 from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.security.cors import CorsSettings
+from fastapi_hardening.security.input_validation import ValidationReport
 from fastapi_hardening.settings import Settings
 
 LayerState = Literal["on", "off", "planned"]
@@ -80,6 +81,7 @@ class Hardening:
         service_name: How the service calls itself.
         events: Facts that concerns tell; subscribe to them.
         checks: Health checks; add your own.
+        validation: What the validator found on each route, and whether refusing it would hurt anybody.
         metrics: What is recorded; add your own series and functions.
         store: Where shared state is kept.
         lifecycle: Whether the process starts, serves or drains.
@@ -93,6 +95,7 @@ class Hardening:
     service_name: str
     events: Events
     checks: Checks
+    validation: ValidationReport
     metrics: Recorder
     store: StateStore
     lifecycle: Lifecycle
@@ -110,6 +113,7 @@ class Hardening:
         self.clock = clock or SystemClock()
         self.events = Events()
         self.checks = Checks()
+        self.validation = ValidationReport()
         self.metrics = Recorder(
             settings.metrics,
             events=self.events,

@@ -32,6 +32,7 @@ from fastapi_hardening.observability.request_context import ContextMaker, Reques
 from fastapi_hardening.resilience.drain import DrainMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.cors import CorsMiddleware, take_over
+from fastapi_hardening.security.input_validation import InputValidationMiddleware
 from fastapi_hardening.security.rate_limit import RateLimitMiddleware
 from fastapi_hardening.security.request_limits import RequestLimitsMiddleware
 from fastapi_hardening.security.security_headers import HeaderPolicy, SecurityHeadersMiddleware
@@ -73,7 +74,8 @@ INBOUND: tuple[Slot, ...] = (
     Slot("tenancy", "tenancy", "whose data it is about"),
     Slot("rate limit", "rate_limit", "limits by client and route; by identity, plan and tenant once they are known",
          lambda h, app: RateLimitMiddleware(app, h.settings.rate_limit, clock=h.clock)),
-    Slot("input validation", "input_validation", "inspects content"),
+    Slot("input validation", "input_validation", "looks for attacks in content, and reports or refuses them",
+         lambda h, app: InputValidationMiddleware(app, h.settings.input_validation, report=h.validation)),
     Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
     Slot("compression", "compression", "compresses answers"),
     Slot("response cache", "response_cache", "answers from memory, after authorisation"),

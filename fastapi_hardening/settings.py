@@ -29,6 +29,7 @@ from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.cors import CorsSettings
+from fastapi_hardening.security.input_validation import InputValidationSettings
 from fastapi_hardening.security.rate_limit import RateLimitSettings
 from fastapi_hardening.security.request_limits import RequestLimitsSettings
 from fastapi_hardening.security.security_headers import SecurityHeadersSettings
@@ -65,13 +66,6 @@ class AuthSettings(NotBuiltYet):
         if default == "required":
             raise ValueError("authentication is not built yet (see the changelog), so nothing would be closed by this")
         return default
-
-
-class InputValidationSettings(NotBuiltYet):
-    """Inspection of content; planned."""
-
-    mode: Literal["off", "report", "enforce"] = "report"
-    """Whether findings are ignored, reported or refused."""
 
 
 class RoutingSettings(NotBuiltYet):
@@ -191,7 +185,7 @@ class Settings(BaseSettings):
     """Rate limits."""
 
     input_validation: InputValidationSettings = InputValidationSettings()
-    """Inspection of content; planned."""
+    """Inspection of content."""
 
     idempotency: NotBuiltYet = NotBuiltYet()
     """Replay of repeated requests; planned."""

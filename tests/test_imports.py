@@ -17,6 +17,7 @@ PUBLIC = [
     "CspNonce",
     "CurrentRequest",
     "Hardening",
+    "InputPolicy",
     "Problem",
     "RateLimit",
     "RequestId",

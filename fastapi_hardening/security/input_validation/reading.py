@@ -44,6 +44,22 @@ def is_plain(text: str) -> bool:
     return ".." not in text and (" " not in text or _WORDS.match(text) is None)
 
 
+_JSON_MARKS = b'{}[]":,\r\n'
+_BEGINS_IN_JSON = re.compile(rb'"' + _WORDS.pattern.encode(), re.IGNORECASE)
+
+
+def is_plain_json(data: bytes) -> bool:
+    """Whether every text in a JSON document is plain, told without reading it as JSON; what is not told is not plain."""
+    return (
+        not data.translate(None, _PLAIN + _JSON_MARKS)
+        and b".." not in data
+        and b"{{" not in data
+        and b"proto" not in data
+        and b"script" not in data
+        and _BEGINS_IN_JSON.search(data) is None
+    )
+
+
 def _is_common(text: str) -> bool:
     """Whether a text is one of the values that most documents have: a time, a mail address, base64, a name with a slash."""
     return _COMMON.fullmatch(text) is not None
