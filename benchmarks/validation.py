@@ -9,17 +9,10 @@ grammars were written, of the other one only these numbers were. Two whole sourc
 HttpParamsDataset and crs-regression. The page of the concern says more.
 """
 
-import argparse
-import asyncio
 import csv
 import hashlib
-import importlib
-import json
-import math
 import re
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, unquote_plus, urlsplit

@@ -23,7 +23,17 @@ _NAMES = frozenset(
      "metadata.goog", "instance-data", "kubernetes", "kubernetes.default", "host.docker.internal",
      "gateway.docker.internal", "broadcasthost"),
 )  # fmt: skip
-_SUFFIXES = (".localhost", ".local", ".internal", ".localdomain", ".svc", ".cluster.local", ".home.arpa", ".lan", ".intranet")
+_SUFFIXES = (
+    ".localhost",
+    ".local",
+    ".internal",
+    ".localdomain",
+    ".svc",
+    ".cluster.local",
+    ".home.arpa",
+    ".lan",
+    ".intranet",
+)
 # Public names that anybody can point anywhere, whose labels are the address.
 _WILD_CARDS = (".nip.io", ".sslip.io", ".xip.io", ".localtest.me", ".lvh.me", ".vcap.me", ".lacolhost.com")
 _OWN_WILD_CARDS = frozenset(("localtest.me", "lvh.me", "vcap.me", "lacolhost.com", "spoofed.burpcollaborator.net"))

@@ -4,9 +4,9 @@ It protects what the application forgot to protect: the one query that is put to
 shows a value as it came. It is *not* the control itself. Parameterised queries, encoded output and checked paths are
 (OWASP ASVS 5, 1.2.1, 1.2.4 and 1.2.5); this stands in front of them for the day when one of them is missing.
 
-It looks at texts and not at bytes: query, path, form, JSON leaves and keys, file names, cookies, some header fields, the
-messages of websockets. What a route declares as a number, a date or a choice is left out. A text is decoded as far as it
-is encoded, and then read by a grammar for each class of attack, in time that is linear in its length.
+It looks at texts and not at bytes: query, path, form, JSON leaves and keys, file names, cookies, some header fields,
+the messages of websockets. What a route declares as a number, a date or a choice is left out. A text is decoded as far
+as it is encoded, and then read by a grammar for each class of attack, in time that is linear in its length.
 
 It sits behind everything that refuses by the head alone, for it has to read the body. In the mode ``report``, which is
 the default, it only looks on.

@@ -13,8 +13,10 @@ CLASS = "crlf"
 CERTAIN = 5
 
 _FIELD = re.compile(
-    r"(?:[\r\n]|\\r|\\n|0x0d|0x0a|[\u560a\u560d])\s{0,4}(?:(?:set-?cookie2?|location|content-?(?:type|length|disposition|encoding|security-policy)|transfer-encoding|refresh|link|"
-    r"access-control-[a-z-]{3,30}|host|x-[a-z-]{2,30}|last-modified|status|server|connection|cache-control|strict-transport-security|bcc|cc|to|subject|from|reply-to|mime-version)\s{0,3}:|"
+    r"(?:[\r\n]|\\r|\\n|0x0d|0x0a|[\u560a\u560d])\s{0,4}(?:(?:set-?cookie2?|location|content-?(?:type|"
+    r"length|disposition|encoding|security-policy)|transfer-encoding|refresh|link|"
+    r"access-control-[a-z-]{3,30}|host|x-[a-z-]{2,30}|last-modified|status|server|connection|cache-control|"
+    r"strict-transport-security|bcc|cc|to|subject|from|reply-to|mime-version)\s{0,3}:|"
     r"http/\d(?:\.\d)?\s{1,3}\d{3}|(?:get|post|put|delete|head)\s{1,3}[/h]\S{0,200}\s{1,3}http/\d)"
 )
 _BREAKS = ("\n", "\r", "\\n", "\\r", "0x0", "\u560a", "\u560d")

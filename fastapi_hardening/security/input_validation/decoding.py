@@ -1,4 +1,4 @@
-"""Undoes the encodings under which an attack hides from a reader that does not decode, within a budget.
+r"""Undoes the encodings under which an attack hides from a reader that does not decode, within a budget.
 
 Percent signs, also twice and in Microsoft's ``%u``; UTF-8 that is longer than it may be; HTML entities; the escapes of
 JavaScript and JSON; full-width letters and curly quotes; characters that nobody sees. One round undoes one layer of
@@ -10,7 +10,7 @@ It is *not* what the application gets: nothing that is decoded here is handed on
 Example:
     >>> decode("%252e%252e%2fetc%2fpasswd").text
     '../etc/passwd'
-    >>> decode("&lt;scr\\u0069pt&gt;").text
+    >>> decode("&lt;scr\u0069pt&gt;").text
     '<script>'
 """
 
@@ -32,7 +32,16 @@ _SURROGATES = range(0xD800, 0xE000)
 
 # What is not seen: controls but for blanks, soft hyphen, zero-width characters, marks of direction, byte order mark.
 _UNSEEN = dict.fromkeys(
-    [*range(9), *range(14, 32), 0x7F, 0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), 0xFEFF]
+    [
+        *range(9),
+        *range(14, 32),
+        0x7F,
+        0xAD,
+        *range(0x200B, 0x2010),
+        *range(0x202A, 0x202F),
+        *range(0x2060, 0x2065),
+        0xFEFF,
+    ]
 )
 # Best-fit conversions of databases make quotes and slashes of these.
 _ALIKE = str.maketrans(
@@ -117,10 +126,10 @@ def _from_percent(match: re.Match[str]) -> str:
 
 
 def as_text(data: bytes) -> str:
-    """Bytes as text: UTF-8, also where it is longer than it may be (RFC 3629, section 10); else byte by byte.
+    r"""Bytes as text: UTF-8, also where it is longer than it may be (RFC 3629, section 10); else byte by byte.
 
     Example:
-        >>> as_text(b"\\xc0\\xae\\xe0\\x80\\xaf\\xff")
+        >>> as_text(b"\xc0\xae\xe0\x80\xaf\xff")
         './ÿ'
     """
     try:
@@ -129,15 +138,20 @@ def as_text(data: bytes) -> str:
         return "".join(_loosely(data))
 
 
+# What a first byte begins with, and how many bytes then follow; up to six bytes in all, as UTF-8 once had them.
+_LEADS = ((0xC0, 0), (0xE0, 1), (0xF0, 2), (0xF8, 3), (0xFC, 4), (0x100, 5))
+_CONTINUES = range(0x80, 0xC0)
+
+
 def _loosely(data: bytes) -> list[str]:
     found: list[str] = []
     position, end = 0, len(data)
     while position < end:
         lead = data[position]
         position += 1
-        length = 0 if lead < 0xC0 else 1 if lead < 0xE0 else 2 if lead < 0xF0 else 3 if lead < 0xF8 else 4 if lead < 0xFC else 5
+        length = next(length for limit, length in _LEADS if lead < limit)
         tail = data[position : position + length]
-        if length and len(tail) == length and all(byte & 0xC0 == 0x80 for byte in tail):
+        if length and len(tail) == length and all(byte in _CONTINUES for byte in tail):
             code = lead & (0x3F >> length)
             for byte in tail:
                 code = code << 6 | byte & 0x3F

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from fastapi_hardening.security.input_validation.decoding import as_text
-from fastapi_hardening.security.input_validation.shape import FREE, Shape
+from fastapi_hardening.security.input_validation.shape import Shape
 
 Path = tuple[str, ...]
 
@@ -66,7 +66,7 @@ def pairs_of(data: bytes, where: str, shape: Shape) -> Iterator[Text]:
             yield Text((where, name), as_text(unquote_to_bytes(raw_value)), in_line=where == "query")
 
 
-def json_texts(document: Any, path: Path, shape: Shape) -> Iterator[Text]:
+def json_texts(document: Any, path: Path, shape: Shape) -> Iterator[Text]:  # noqa: C901 - one loop, no recursion
     """The keys and the texts of a JSON document, outermost first; what its shape exempts is left out."""
     waiting: list[tuple[Any, Path, Shape]] = [(document, path, shape)]
     while waiting:
@@ -106,7 +106,16 @@ class Body(NamedTuple):
 
 _FORM = "application/x-www-form-urlencoded"
 _MULTIPART = "multipart/"
-_BINARY = ("image/", "audio/", "video/", "font/", "application/octet-stream", "application/zip", "application/pdf", "application/gzip")
+_BINARY = (
+    "image/",
+    "audio/",
+    "video/",
+    "font/",
+    "application/octet-stream",
+    "application/zip",
+    "application/pdf",
+    "application/gzip",
+)
 
 
 def is_upload(media_type: str) -> bool:
@@ -114,7 +123,7 @@ def is_upload(media_type: str) -> bool:
     return media_type.startswith((_MULTIPART, *_BINARY))
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """A body in a coding that cannot be undone here."""
 
 
@@ -128,7 +137,7 @@ def body_texts(body: Body, shape: Shape, *, most_bytes: int, files: bool) -> Ite
         files: Whether the content of uploaded files is among them.
 
     Raises:
-        Unreadable: The coding is unknown or wrong, or what is in it is too large.
+        UnreadableError: The coding is unknown or wrong, or what is in it is too large.
     """
     data = body.data
     if body.coding not in ("", "identity"):
@@ -167,20 +176,22 @@ def _plain(data: bytes, *, binary: bool = False, path: Path = ("body",)) -> Iter
 
 def _inflated(data: bytes, coding: str, most_bytes: int) -> bytes:
     if coding not in ("gzip", "x-gzip", "deflate"):
-        raise Unreadable
+        raise UnreadableError
     inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)
     try:
         inflated = inflater.decompress(data, most_bytes)
     except zlib.error:
-        raise Unreadable from None
+        raise UnreadableError from None
     if inflater.unconsumed_tail or not inflater.eof:
-        raise Unreadable
+        raise UnreadableError
     return inflated
 
 
 _BOUNDARY = re.compile(rb';\s*boundary\s*=\s*(?:"([^"]{1,200})"|([^\s;,]{1,200}))', re.IGNORECASE)
 _DISPOSITION = re.compile(rb"^content-disposition\s{0,9}:(.{0,4000})$", re.IGNORECASE | re.MULTILINE)
-_PARAMETER = re.compile(rb';\s{0,9}(name|filename)(\*?)\s{0,9}=\s{0,9}(?:"((?:[^"\\]|\\.)*)"?|([^;]*))', re.IGNORECASE | re.DOTALL)
+_PARAMETER = re.compile(
+    rb';\s{0,9}(name|filename)(\*?)\s{0,9}=\s{0,9}(?:"((?:[^"\\]|\\.)*)"?|([^;]*))', re.IGNORECASE | re.DOTALL
+)
 
 
 def _multipart(data: bytes, content_type: bytes, shape: Shape, *, files: bool) -> Iterator[Text]:

@@ -13,53 +13,79 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fastapi_hardening.security.input_validation.reading import Reading
+from fastapi_hardening.security.input_validation.reading import Reading, words
 
 CLASS = "xss"
 CERTAIN = 5
 SUSPICIOUS = 3
 
 _NAME_END = re.compile(r"[\s/>]")
-_ATTRIBUTE = re.compile(r"""[\s/"'`]*+([^\s/>=][^\s/>=]*+)?+(?:\s*+=\s*+("[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z)|`[^`>]*+`?|[^\s>]*+))?+""", re.DOTALL)
+_ATTRIBUTE = re.compile(
+    r"""[\s/"'`]*+([^\s/>=][^\s/>=]*+)?+(?:\s*+=\s*+("[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z)|`[^`>]*+`?|[^\s>]*+))?+""",
+    re.DOTALL,
+)
 _IGNORED_IN_ADDRESS = re.compile(r"[\x00-\x20\x7f-\xa0]+")
 _COMMENT_IN_STYLE = re.compile(r"/\*.*?(?:\*/|\Z)", re.DOTALL)
 
 # Elements that hold or load a program, or change where others load from, by what they need to have.
 _RUNS = frozenset({"script"})
-_LOADS = frozenset(
-    "iframe object embed applet frame frameset base bgsound layer ilayer import isindex link meta xml portal fencedframe "
-    "animate set animatetransform animatemotion handler listener event-source xss".split()
+_LOADS = words(
+    "iframe object embed applet frame frameset base bgsound layer ilayer import isindex link "
+    "meta xml portal fencedframe "
+    "animate set animatetransform animatemotion handler listener event-source xss"
 )
 _HOLDS = frozenset({"style"})
 _BREAKS_OUT = frozenset({"script", "style", "title", "textarea", "noscript", "xmp", "noembed", "noframes", "iframe"})
 
-_EVENTS = frozenset(
-    "abort activate afterprint afterscriptexecute afterupdate animationcancel animationend animationiteration "
-    "animationstart auxclick beforeactivate beforecopy beforecut beforedeactivate beforeeditfocus beforeinput beforematch "
-    "beforepaste beforeprint beforescriptexecute beforetoggle beforeunload begin blur bounce cancel canplay canplaythrough "
-    "cellchange change click close command contentvisibilityautostatechange contextmenu controlselect copy cuechange cut "
-    "dataavailable datasetchanged datasetcomplete dblclick deactivate drag dragend dragenter dragexit dragleave dragover "
-    "dragdrop dragstart drop durationchange emptied end ended error errorupdate filterchange finish focus focusin focusout "
-    "formchange forminput formdata fullscreenchange gotpointercapture hashchange help input invalid keydown keypress keyup "
-    "layoutcomplete load loadeddata loadedmetadata loadend loadstart losecapture lostpointercapture message mousedown "
-    "mouseenter mouseleave mousemove mouseout mouseover mouseup mousewheel move moveend movestart offline online pagehide "
+_EVENTS = words(
+    "abort activate afterprint afterscriptexecute afterupdate animationcancel animationend "
+    "animationiteration "
+    "animationstart auxclick beforeactivate beforecopy beforecut beforedeactivate beforeeditfocus "
+    "beforeinput beforematch "
+    "beforepaste beforeprint beforescriptexecute beforetoggle beforeunload begin blur bounce cancel "
+    "canplay canplaythrough "
+    "cellchange change click close command contentvisibilityautostatechange contextmenu controlselect copy "
+    "cuechange cut "
+    "dataavailable datasetchanged datasetcomplete dblclick deactivate drag dragend dragenter dragexit "
+    "dragleave dragover "
+    "dragdrop dragstart drop durationchange emptied end ended error errorupdate filterchange finish focus "
+    "focusin focusout "
+    "formchange forminput formdata fullscreenchange gotpointercapture hashchange help input invalid "
+    "keydown keypress keyup "
+    "layoutcomplete load loadeddata loadedmetadata loadend loadstart losecapture lostpointercapture "
+    "message mousedown "
+    "mouseenter mouseleave mousemove mouseout mouseover mouseup mousewheel move moveend movestart offline "
+    "online pagehide "
     "pageshow paste pause play playing pointercancel pointerdown pointerenter pointerleave pointermove pointerout "
-    "pointerover pointerrawupdate pointerup popstate progress propertychange ratechange readystatechange repeat reset "
+    "pointerover pointerrawupdate pointerup popstate progress propertychange ratechange readystatechange "
+    "repeat reset "
     "resize resizeend resizestart rowenter rowexit rowsdelete rowsinserted scroll scrollend scrollsnapchange "
-    "scrollsnapchanging search securitypolicyviolation seeked seeking select selectionchange selectstart show slotchange "
+    "scrollsnapchanging search securitypolicyviolation seeked seeking select selectionchange selectstart "
+    "show slotchange "
     "stalled start stop storage submit suspend syncrestored timeerror timeout timeupdate toggle touchcancel touchend "
-    "touchmove touchstart transitioncancel transitionend transitionrun transitionstart unhandledrejection unload urlflip "
+    "touchmove touchstart transitioncancel transitionend transitionrun transitionstart unhandledrejection "
+    "unload urlflip "
     "validationstatuschange volumechange waiting webkitanimationend webkitanimationiteration webkitanimationstart "
     "webkitfullscreenchange webkitmouseforcechanged webkittransitionend webkitwillrevealbottom wheel zoom "
-    "qt_error message location".split()
+    "qt_error message location"
 )
 
-_PROGRAM = re.compile(r"(?:javascript|vbscript|livescript|mocha|jscript|ecmascript|script):|(?:feed|view-source|firefoxurl):.{0,20}javascript:")
-_DATA = re.compile(r"data:(?:text/(?:html|xml|javascript|ecmascript|x-)|application/(?:x-?javascript|javascript|xhtml|xml|ecmascript|x-)|image/svg|[;,])")
-_STYLE = re.compile(r"expression\s{0,9}\(|behaviou?r\s{0,9}:|-moz-binding|javascript\s{0,9}:|vbscript:|@import|-o-link|url\s{0,9}\(\s{0,9}['\"]?\s{0,9}(?:data:|javascript|//|https?:)")
+_PROGRAM = re.compile(
+    r"(?:javascript|vbscript|livescript|mocha|jscript|ecmascript|script):|(?:feed|"
+    r"view-source|firefoxurl):.{0,20}javascript:"
+)
+_DATA = re.compile(
+    r"data:(?:text/(?:html|xml|javascript|ecmascript|x-)|application/(?:x-?javascript|"
+    r"javascript|xhtml|xml|ecmascript|x-)|image/svg|[;,])"
+)
+_STYLE = re.compile(
+    r"expression\s{0,9}\(|behaviou?r\s{0,9}:|-moz-binding|javascript\s{0,9}:|vbscript:|"
+    r"@import|-o-link|url\s{0,9}\(\s{0,9}['\"]?\s{0,9}(?:data:|javascript|//|https?:)"
+)
 
 _SINK = (
-    r"(?:alert|prompt|confirm|eval|execscript|msgbox|setinterval|settimeout|setimmediate|function|fetch|importscripts|"
+    r"(?:alert|prompt|confirm|eval|execscript|msgbox|setinterval|settimeout|setimmediate|function|fetch|"
+    r"importscripts|"
     r"document\s?\.\s?(?:cookie|write(?:ln)?|location|domain|documentelement|body|forms|getelementbyid|createelement|"
     r"getelementsbytagname|vulnerable)|window\s?\.\s?(?:open|location|name|onerror)|string\s?\.\s?fromcharcode|"
     r"location\s?\.\s?(?:href|replace|assign|hash)|location\s?=|(?:parent|self|top|window|this|frames)\s?\[|"
@@ -68,24 +94,39 @@ _SINK = (
 )
 _CALLED = r"\s{0,9}(?:/\*[^*]{0,40}\*/)?(?:\)\s?)?(?:[(=`\[.]|\?\.|&lpar;)"
 _OUT_OF_STRING = re.compile(
-    r"(?:^|[^\\])['\"`]\s{0,9}[)\]}]{0,4}\s{0,9}(?:[;,+*|&^?:/%-]|\|\||&&|\bin\b|\binstanceof\b|}){1,3}[\s({\[!+~-]{0,9}" + _SINK + _CALLED
+    r"(?:^|[^\\])['\"`]\s{0,9}[)\]}]{0,4}\s{0,9}(?:[;,+*|&^?:/%-]|\|\||&&|\bin\b|\binstanceof\b|"
+    r"}){1,3}[\s({\[!+~-]{0,9}" + _SINK + _CALLED
 )
 _LITERAL_CALL = re.compile(
-    r"\b(?:alert|prompt|confirm)\s{0,9}(?:\(|`)\s{0,9}(?:['\"/`]?[^'\"()\s]{1,24}['\"/`]?\s{0,9}(?:[)`]|$)|['\"/`&]|string|document|window|\d)"
+    r"\b(?:alert|prompt|confirm)\s{0,9}(?:\(|`)\s{0,9}(?:['\"/`]?[^'\"()\s]{1,24}['\"/`]?\s{0,9}(?:[)`]|$)|"
+    r"['\"/`&]|string|document|window|\d)"
 )
-_ONLY_A_CALL = re.compile(r"\W{0,16}(?:alert|prompt|confirm|eval|document\.write)\s{0,3}[(`][^()`]{0,200}(?:\([^()]{0,80}\)[^()`]{0,80})?[)`][\s;/\w'\"]{0,8}$")
-_ONLY_COOKIES = re.compile(r"\W{0,16}document\s?(?:/\*[^*]{0,40}\*/\s?)?(?:\.|\[)\W{0,40}(?:cookie|domain|location)\W{0,16}$")
-_COMPUTED_CALL = re.compile(r"\b(?:self|top|window|parent|this|frames|document|globalthis)\s{0,9}\)?(?:/\*[^*]{0,40}\*/)?\s{0,9}\[[^\]\n]{1,80}\]\s{0,9}[(`\[]")
+_ONLY_A_CALL = re.compile(
+    r"\W{0,16}(?:alert|prompt|confirm|eval|"
+    r"document\.write)\s{0,3}[(`][^()`]{0,200}(?:\([^()]{0,80}\)[^()`]{0,80})?[)`][\s;/\w'\"]{0,8}$"
+)
+_ONLY_COOKIES = re.compile(
+    r"\W{0,16}document\s?(?:/\*[^*]{0,40}\*/\s?)?(?:\.|\[)\W{0,40}(?:cookie|domain|"
+    r"location)\W{0,16}$"
+)
+_COMPUTED_CALL = re.compile(
+    r"\b(?:self|top|window|parent|this|frames|document|"
+    r"globalthis)\s{0,9}\)?(?:/\*[^*]{0,40}\*/)?\s{0,9}\[[^\]\n]{1,80}\]\s{0,9}[(`\[]"
+)
 _OUT_OF_ATTRIBUTE = re.compile(r"[^<>]{0,60}[\"'][^<>\"']{0,20}/?>\s{0,9}<\s{0,3}[/!]?[a-z]", re.IGNORECASE)
 _SINKS = re.compile(_SINK + _CALLED)
 _SCRIPT_WORDS = (
-    "alert", "prompt", "confirm", "eval", "execscript", "msgbox", "setinterval", "settimeout", "setimmediate", "function", "fetch", "importscripts", "document",
-    "window", "fromcharcode", "location", "parent", "self", "top", "this", "frames", "html", "constructor", "append", "insertadj", "srcdoc", "xmlhttp", "image",
-    "sendbeacon", "storage", "unescape", "decodeuri", "atob",
+    "alert", "prompt", "confirm", "eval", "execscript", "msgbox", "setinterval", "settimeout", "setimmediate",
+    "function", "fetch", "importscripts", "document", "window", "fromcharcode", "location", "parent", "self", "top",
+    "this", "frames", "html", "constructor", "append", "insertadj", "srcdoc", "xmlhttp", "image", "sendbeacon",
+    "storage", "unescape", "decodeuri", "atob",
 )  # fmt: skip
 _TEMPLATE_CALL = re.compile(r"\$\{\s{0,9}" + _SINK + _CALLED)
 _EVENT = re.compile(r"(?:^|[\s\"'`/;?&*)>\x00]|\*/)on([a-z_]{3,30})\s{0,9}(?:/\*[^*]{0,40}\*/)?=\s{0,9}(\S?)")
-_ADDRESS = re.compile(r"(?:^|[\"'`(=:;,\s>])(?:java|vb|live|j)script\s{0,3}:(?=[^\s:]|\s{0,9}(?:alert|eval|prompt|confirm|document|window|location))")
+_ADDRESS = re.compile(
+    r"(?:^|[\"'`(=:;,\s>])(?:java|vb|live|j)script\s{0,3}:(?=[^\s:]|\s{0,9}(?:alert|eval|"
+    r"prompt|confirm|document|window|location))"
+)
 _ADDRESS_START = re.compile(r"\s{0,9}(?:javascript|vbscript|livescript|jscript|mocha):")
 _CODE = re.compile(r"[(=`\[%\\&/\"'+*]")
 _PROSE = re.compile(r"[`'\")]{0,3}\s{1,4}[a-z]{1,30}(?:[\s,.:)]|$)(?!\s{0,9}[=(.\[])")
@@ -147,16 +188,15 @@ def _attributes(text: str, position: int) -> tuple[list[tuple[str, str]], int]:
     return found, position + (text[position : position + 1] == ">")
 
 
-def find(reading: Reading) -> Iterator[tuple[str, int]]:
+def find(reading: Reading) -> Iterator[tuple[str, int]]:  # noqa: C901 - a list of questions
     """What would be code in a text, each with its score."""
     text = reading.text
     reading.steps += 2 * len(text)
     if "<" in text:
         if _OUT_OF_ATTRIBUTE.match(text):
             yield "out-of-attribute", CERTAIN
-        if lower_start := text[:40].strip().lower():
-            if lower_start.startswith(("</script", "</style", "</title", "</textarea")):
-                yield "closing-tag", CERTAIN
+        if text[:40].lstrip().lower().startswith(("</script", "</style", "</title", "</textarea")):
+            yield "closing-tag", CERTAIN
         yield from _in_tags(text)
     lower = reading.lower
     if "script" in lower or "data:" in lower or "mocha" in lower:
@@ -172,7 +212,15 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
         yield from _in_scripts(reading)
     if "+adw-" in lower:
         yield "utf-7", CERTAIN
-    if ":" in lower and "expression" in lower and re.search(r":[^;:]{0,40}expression\s{0,9}\(|[{;*/]\s{0,9}x?:?expression\(", lower):
+    if (
+        ":" in lower
+        and "expression" in lower
+        and re.search(
+            r":[^;:]{0,40}expression\s{0,9}\(|"
+            r"[{;*/]\s{0,9}x?:?expression\(",
+            lower,
+        )
+    ):
         yield "style", CERTAIN
 
 
@@ -192,7 +240,10 @@ def _in_tags(text: str) -> Iterator[tuple[str, int]]:
             yield "loading-element", CERTAIN
         elif bare in _HOLDS:
             inside = text[tag.end : text.find("<", tag.end) if text.find("<", tag.end) >= 0 else None]
-            yield "style", CERTAIN if tag.attributes or _STYLE.search(_plain_style(inside)) or "{" in inside else SUSPICIOUS
+            yield (
+                "style",
+                CERTAIN if tag.attributes or _STYLE.search(_plain_style(inside)) or "{" in inside else SUSPICIOUS,
+            )
         elif name in ("?import", "?xml-stylesheet") or name.startswith(("!--[if", "![if")):
             yield "processing-instruction", CERTAIN
         elif name.startswith(("svg", "xsl:", "math")) and tag.attributes:
@@ -209,13 +260,24 @@ def _in_attributes(tag: Tag) -> Iterator[tuple[str, int]]:
         elif name == "style":
             style = _plain_style(value)
             yield "style", CERTAIN if _STYLE.search(style) or "url(" in style or "\\" in value else 2
-        elif name in ("srcdoc", "formaction", "datasrc", "dynsrc", "implementation") or (name == "xlink:href" and value[:1] != "#"):
+        elif name in ("srcdoc", "formaction", "datasrc", "dynsrc", "implementation") or (
+            name == "xlink:href" and value[:1] != "#"
+        ):
             yield "loading-attribute", CERTAIN
-        elif name.startswith("xmlns") and "html" not in name and value.lower().strip() in ("xss", "urn:schemas-microsoft-com:time"):
+        elif (
+            name.startswith("xmlns")
+            and "html" not in name
+            and value.lower().strip() in ("xss", "urn:schemas-microsoft-com:time")
+        ):
             yield "namespace", CERTAIN
         if value:
             address = _IGNORED_IN_ADDRESS.sub("", value).lower().lstrip("\"'`")
-            if _PROGRAM.match(address) or _DATA.match(address) or ";url=javascript:" in address or "url=data:" in address:
+            if (
+                _PROGRAM.match(address)
+                or _DATA.match(address)
+                or ";url=javascript:" in address
+                or "url=data:" in address
+            ):
                 yield "program-address", CERTAIN
 
 
@@ -227,7 +289,11 @@ def _addresses(lower: str) -> Iterator[tuple[str, int]]:
     squeezed = _IGNORED_IN_ADDRESS.sub("", lower)
     for text in (lower, squeezed) if lower != squeezed else (lower,):
         started = _ADDRESS_START.match(text)
-        if started is not None and text[started.end() : started.end() + 1].strip() and _CODE.search(text, started.end()):
+        if (
+            started is not None
+            and text[started.end() : started.end() + 1].strip()
+            and _CODE.search(text, started.end())
+        ):
             yield "program-address", CERTAIN
             return
         found = _ADDRESS.search(text)

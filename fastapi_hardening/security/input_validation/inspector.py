@@ -99,7 +99,11 @@ class Inspector:
 
     def __init__(self, classes: Iterable[str] = CLASSES, *, threshold: int = DEFAULT_THRESHOLD) -> None:
         wanted = frozenset(classes)
-        self._grammars = [(name, find, frozenset(_SIGNS.get(name, bytes(range(256))))) for name, find in _GRAMMARS.items() if name in wanted]
+        self._grammars = [
+            (name, find, frozenset(_SIGNS.get(name, bytes(range(256)))))
+            for name, find in _GRAMMARS.items()
+            if name in wanted
+        ]
         self._budget = ENCODING in wanted
         self.classes = wanted
         self.threshold = threshold

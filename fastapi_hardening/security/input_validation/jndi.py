@@ -14,7 +14,10 @@ CERTAIN = 5
 SUSPICIOUS = 3
 
 _MOST_ROUNDS = 8
-_INNERMOST = re.compile(r"\$\{(?:(?:lower|upper|date|sys|env|main|ctx|java|web|bundle|map|marker|sd|log4j|base64|k8s|spring|docker|event)?:)?([^${}]{0,200})\}")
+_INNERMOST = re.compile(
+    r"\$\{(?:(?:lower|upper|date|sys|env|main|ctx|java|web|bundle|map|marker|sd|log4j|"
+    r"base64|k8s|spring|docker|event)?:)?([^${}]{0,200})\}"
+)
 _LOOKUP = re.compile(r"\$\{\s{0,3}jndi\s{0,3}:|jndi:(?:ldaps?|rmi|dns|iiop|corba|nds|nis|https?):")
 _NESTED = re.compile(r"\$\{[^}]{0,60}\$\{(?:lower|upper|::-|env:|sys:|date:)")
 _SECRETS = re.compile(r"\$\{(?:env|sys|java|ctx|main|bundle|web|docker|k8s|spring|log4j):[\w.:-]{1,60}\}")

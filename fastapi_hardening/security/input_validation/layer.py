@@ -14,7 +14,6 @@ from anyio import to_thread
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_hardening.core import context as request_context
-from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.events import AttackFound
 from fastapi_hardening.core.headers import get
 from fastapi_hardening.core.policy import mark_handled
@@ -26,7 +25,7 @@ from fastapi_hardening.security.input_validation.documents import (
     Body,
     Path,
     Text,
-    Unreadable,
+    UnreadableError,
     body_texts,
     is_upload,
     pairs_of,
@@ -117,9 +116,7 @@ class InputValidationMiddleware:
 
     # --- enforce ------------------------------------------------------------------------------------------------------
 
-    async def _enforce(
-        self, head: list[Text], policy: RoutePolicy, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _enforce(self, head: list[Text], policy: RoutePolicy, scope: Scope, receive: Receive, send: Send) -> None:
         findings = inspected(head, policy) if head else []
         problem: Problem | None = None
         if not findings and _may_have_body(scope):
@@ -148,9 +145,11 @@ class InputValidationMiddleware:
             return None, []
         try:
             return None, await _inspected_aside(reading.body(), policy)
-        except Unreadable:
+        except UnreadableError:
             self.report.of(policy.template).not_inspected += 1
-            return CodingNotTaken("The coding of the body is not taken.", headers={"Accept-Encoding": "gzip, deflate"}), []
+            return CodingNotTaken(
+                "The coding of the body is not taken.", headers={"Accept-Encoding": "gzip, deflate"}
+            ), []
 
     def _uninspected(self, policy: RoutePolicy, reading: "_Reading") -> Problem | None:
         self.report.of(policy.template).not_inspected += 1
@@ -164,9 +163,7 @@ class InputValidationMiddleware:
 
     # --- report -------------------------------------------------------------------------------------------------------
 
-    async def _report(
-        self, head: list[Text], policy: RoutePolicy, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _report(self, head: list[Text], policy: RoutePolicy, scope: Scope, receive: Receive, send: Send) -> None:
         reading: _Reading | None = None
         if _may_have_body(scope):
             reading = _Reading(scope, policy)
@@ -188,7 +185,7 @@ class InputValidationMiddleware:
         elif reading.size and not reading.more and not reading.cut_off:
             try:
                 return await _inspected_aside(reading.body(), policy)
-            except Unreadable:
+            except UnreadableError:
                 self.report.of(policy.template).not_inspected += 1
         return []
 
@@ -203,42 +200,21 @@ class InputValidationMiddleware:
             if policy.enforces:
                 await refuse(_refusal(findings), scope, receive, send, layer=LAYER)
                 return
-        closed = False
+        messages = _Messages(self, policy, scope, receive, send)
+        await self.app(scope, messages.receive, messages.send if policy.enforces else send)
 
-        def look(text: str) -> bool:
-            found = inspected(_message_texts(text), policy)
-            self.report.of(policy.template).inspected += 1
-            if found:
-                self._tell(found, policy, scope, refused=policy.enforces)
-            return bool(found)
-
-        async def receive_inspected() -> Message:
-            nonlocal closed
-            message = await receive()
-            if message["type"] != "websocket.receive":
-                return message
-            text = message.get("text")
-            if text is None:
-                text = as_text(message.get("bytes") or b"")
-            if not policy.enforces:
-                # After the application has got it.
-                asyncio.get_running_loop().call_soon(look, text)
-            elif look(text):
-                closed = True
-                await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": "Content refused"})
-                return {"type": "websocket.disconnect", "code": _POLICY_VIOLATION, "reason": "Content refused"}
-            return message
-
-        async def send_until_closed(message: Message) -> None:
-            if not closed:
-                await send(message)
-
-        await self.app(scope, receive_inspected, send_until_closed if policy.enforces else send)
+    def look_at_message(self, text: str, policy: RoutePolicy, scope: Scope) -> bool:
+        """Whether something was found in a message of a websocket; told and counted."""
+        self.report.of(policy.template).inspected += 1
+        findings = inspected(_message_texts(text), policy)
+        if findings:
+            self._tell(findings, policy, scope, refused=policy.enforces)
+        return bool(findings)
 
     # --- findings -----------------------------------------------------------------------------------------------------
 
     def _tell(self, findings: list[Finding], policy: RoutePolicy, scope: Scope, *, refused: bool) -> None:
-        context: RequestContext = request_context.ensure(scope)
+        context = request_context.ensure(scope)
         template = policy.template
         self.report.count(template, [(found.id, found.pointer) for found in findings], refused=refused)
         logger.warning(
@@ -263,8 +239,48 @@ class InputValidationMiddleware:
                 )
 
 
+class _Messages:
+    """The messages of one websocket on their way to the application."""
+
+    __slots__ = ("_closed", "_layer", "_policy", "_receive", "_scope", "_send")
+
+    def __init__(
+        self, layer: InputValidationMiddleware, policy: RoutePolicy, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        self._layer = layer
+        self._policy = policy
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._closed = False
+
+    async def receive(self) -> Message:
+        """The next message; where one is refused, the socket is closed, and the application told so."""
+        message = await self._receive()
+        if message["type"] != "websocket.receive":
+            return message
+        text = message.get("text")
+        if text is None:
+            text = as_text(message.get("bytes") or b"")
+        look = self._layer.look_at_message
+        if not self._policy.enforces:
+            # After the application has got it.
+            asyncio.get_running_loop().call_soon(look, text, self._policy, self._scope)
+        elif look(text, self._policy, self._scope):
+            self._closed = True
+            closing = {"code": _POLICY_VIOLATION, "reason": "Content refused"}
+            await self._send({"type": "websocket.close"} | closing)
+            return {"type": "websocket.disconnect"} | closing
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Sends, unless the socket is closed."""
+        if not self._closed:
+            await self._send(message)
+
+
 def _refusal(findings: list[Finding]) -> ContentRefused:
-    errors = [{"pointer": found.pointer, "reason": found.id} for found in findings[:_MOST_TOLD]]
+    errors = [{"pointer": f"#{found.pointer}", "reason": found.id} for found in findings[:_MOST_TOLD]]
     return ContentRefused("The request has content that this route does not take.", extensions={"errors": errors})
 
 
@@ -344,9 +360,11 @@ def inspected(texts: Any, policy: RoutePolicy) -> list[Finding]:
             for kind, reason in find_in_key(value, key_of):
                 if kind in classes and not policy.allows(path, kind):
                     found.append(Finding(f"{kind}.{reason}", pointer_of(path)))
-        for hit in hits:
-            if not policy.allows(path, hit.kind) and not _is_own_address(path, hit.kind):
-                found.append(Finding(hit.id, pointer_of(path)))
+        found += [
+            Finding(hit.id, pointer_of(path))
+            for hit in hits
+            if not policy.allows(path, hit.kind) and not _is_own_address(path, hit.kind)
+        ]
     return found
 
 
@@ -361,9 +379,7 @@ async def _inspected_aside(body: Body, policy: RoutePolicy) -> list[Finding]:
     def look() -> list[Finding]:
         if body.media_type.endswith("json") and not body.coding and is_plain_json(body.data):
             return []
-        texts = body_texts(
-            body, policy.body, most_bytes=settings.max_inspected_bytes, files=settings.inspect_files
-        )
+        texts = body_texts(body, policy.body, most_bytes=settings.max_inspected_bytes, files=settings.inspect_files)
         return inspected(texts, policy)
 
     if len(body.data) > _LONG or body.coding:

@@ -13,12 +13,34 @@ CLASS = "ldap"
 CERTAIN = 5
 
 _FILTER = re.compile(
-    r"\*\s{0,3}\)?\s{0,3}\(\s{0,3}[|&!]|\*\)\(|\)\s{0,3}\(\s{0,3}[|&!]\s{0,3}\(|\(\s{0,3}[|&]\s{0,3}\(\s{0,3}!?\s{0,3}\(?\s{0,3}[\w-]{1,40}\s{0,3}[~<>]?=|"
-    r"\)\s{0,3}\(\s{0,3}[\w-]{1,40}\s{0,3}[~<>]?=\s{0,3}[^()]{0,60}(?:\*|\)\s{0,3}$|$)|\*\s{0,3}\)\s{0,3}(?:\)\s{0,3}){1,5}(?:%00|$)|\(\s{0,3}[\w-]{1,40}=\*\s{0,3}\)"
+    r"\*\s{0,3}\)?\s{0,3}\(\s{0,3}[|&!]|\*\)\(|\)\s{0,3}\(\s{0,3}[|&!]\s{0,3}\(|\(\s{0,3}[|"
+    r"&]\s{0,3}\(\s{0,3}!?\s{0,3}\(?\s{0,3}[\w-]{1,40}\s{0,3}[~<>]?=|"
+    r"\)\s{0,3}\(\s{0,3}[\w-]{1,40}\s{0,3}[~<>]?=\s{0,3}[^()]{0,60}(?:\*|\)\s{0,3}$|$)|"
+    r"\*\s{0,3}\)\s{0,3}(?:\)\s{0,3}){1,5}(?:%00|$)|\(\s{0,3}[\w-]{1,40}=\*\s{0,3}\)"
 )
-_ONLY = re.compile(r"\s{0,3}(?:\*\s{0,3}\|{1,2}|\*\(\)\|.{0,8}|\(\*\)\*\)|@\*|//\*|\*/\*|[\w.@-]{0,40}\*\)\s{0,3}\(?\s{0,3}(?:[|&].{0,60})?)\s{0,3}$")
-_XPATH_WORDS = ("name(", "count(", "count (", " //", "'//", "|//", "length(", "substring(", "position(", "with(", "contains(", "node(", "text(")
-_XPATH = re.compile(r"['\"]\s{0,4}(?:or|and|\|)\s{0,4}(?:name\(|count\(|//|string-length\(|substring\(|position\(|starts-with\(|contains\(|node\(|text\()|\|\s{0,3}//\*|count\s{0,3}\(\s{0,3}/")
+_ONLY = re.compile(
+    r"\s{0,3}(?:\*\s{0,3}\|{1,2}|\*\(\)\|.{0,8}|\(\*\)\*\)|@\*|//\*|\*/\*|"
+    r"[\w.@-]{0,40}\*\)\s{0,3}\(?\s{0,3}(?:[|&].{0,60})?)\s{0,3}$"
+)
+_XPATH_WORDS = (
+    "name(",
+    "count(",
+    "count (",
+    " //",
+    "'//",
+    "|//",
+    "length(",
+    "substring(",
+    "position(",
+    "with(",
+    "contains(",
+    "node(",
+    "text(",
+)
+_XPATH = re.compile(
+    r"['\"]\s{0,4}(?:or|and|\|)\s{0,4}(?:name\(|count\(|//|string-length\(|substring\(|"
+    r"position\(|starts-with\(|contains\(|node\(|text\()|\|\s{0,3}//\*|count\s{0,3}\(\s{0,3}/"
+)
 
 
 def find(reading: Reading) -> Iterator[tuple[str, int]]:
@@ -26,7 +48,11 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
     lower = reading.lower
     reading.steps += 2 * len(lower)
     if "(" in lower or ")" in lower or "*" in lower:
-        if any(sign in lower for sign in ("*", "(|", "(&", "(!", ")(")) and _FILTER.search(lower) and ("*" in lower or "|" in lower or "&" in lower or "!" in lower or "objectclass" in lower):
+        if (
+            any(sign in lower for sign in ("*", "(|", "(&", "(!", ")("))
+            and _FILTER.search(lower)
+            and ("*" in lower or "|" in lower or "&" in lower or "!" in lower or "objectclass" in lower)
+        ):
             yield "filter", CERTAIN
         elif _ONLY.match(lower):
             yield "wild-card", CERTAIN

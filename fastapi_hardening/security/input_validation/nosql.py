@@ -1,4 +1,4 @@
-"""NoSQL operators and prototypes: a value or a key that becomes an operator of a query, or the prototype of every object.
+"""NoSQL operators and prototypes: a value or key that becomes an operator of a query, or the prototype of all objects.
 
 ``{"password": {"$ne": ""}}`` matches every password where the driver takes the object as it comes. The keys of a
 document are looked at by :func:`find_in_key`, JSON within a text and JavaScript that breaks out of a string by
@@ -8,27 +8,40 @@ document are looked at by :func:`find_in_key`, JSON within a text and JavaScript
 import re
 from collections.abc import Iterator
 
-from fastapi_hardening.security.input_validation.reading import Reading
+from fastapi_hardening.security.input_validation.reading import Reading, words
 
 CLASS = "nosql"
 PROTOTYPE = "prototype"
 CERTAIN = 5
 SUSPICIOUS = 3
 
-OPERATORS = frozenset(
-    "$where $ne $nin $in $gt $gte $lt $lte $eq $not $or $and $nor $regex $exists $type $expr $jsonschema $mod $text $all "
-    "$elemmatch $size $function $accumulator $lookup $out $merge $options $comment $set $unset $inc $push $pull $rename".split()
+OPERATORS = words(
+    "$where $ne $nin $in $gt $gte $lt $lte $eq $not $or $and $nor $regex $exists $type $expr "
+    "$jsonschema $mod $text $all "
+    "$elemmatch $size $function $accumulator $lookup $out $merge $options $comment $set $unset $inc $push "
+    "$pull $rename"
 )
 
-_OPERATOR = r"\$(?:where|ne|nin|in|gte?|lte?|eq|not|or|and|nor|regex|exists|type|expr|mod|text|all|elemmatch|size|function|options|comment)"
+_OPERATOR = (
+    r"\$(?:where|ne|nin|in|gte?|lte?|eq|not|or|and|nor|regex|exists|type|expr|mod|text|all|"
+    r"elemmatch|size|function|options|comment)"
+)
 _IN_JSON = re.compile(rf"(?:[{{,\[]|^)\s{{0,9}}['\"]?{_OPERATOR}['\"]?\s{{0,9}}:")
 _IN_BRACKETS = re.compile(rf"\[\s{{0,3}}['\"]?{_OPERATOR}['\"]?\s{{0,3}}\]")
 _SCRIPT = re.compile(
-    r"['\"]\s{0,4}(?:;|&&|\|\||\}|\))\s{0,4}(?:return\b|var\s|this\.|while\s{0,3}\(|db\.|sleep\s{0,3}\(|function\s{0,3}\(|(?:\d{1,9}|[\"']\w{0,20}[\"']?)\s{0,3}={2,3}\s{0,3})|"
-    r"\|\|\s{0,3}(?:\d{1,9}\s{0,3}={2,3}\s{0,3}\d|['\"][^'\"]{0,20}['\"]\s{0,3}={2,3})|;\s{0,3}return\s{1,4}(?:true|1|this\.\w{1,20})\s{0,3}(?:[;}]|$|//)|\bthis\.\w{1,40}\s{0,3}(?:\.match\s{0,3}\(|={2,3}|!=)|"
-    r"\bdb\.\w{1,40}\.(?:insert|drop|remove|find|update|delete|mapreduce|aggregate|count)\w{0,12}\s{0,3}\(|\bdb\.(?:getcollectionnames|dropdatabase|version|injection)\b"
+    r"['\"]\s{0,4}(?:;|&&|\|\||\}|\))\s{0,4}(?:return\b|var\s|this\.|while\s{0,3}\(|db\.|sleep\s{0,3}\(|"
+    r"function\s{0,3}\(|(?:\d{1,9}|[\"']\w{0,20}[\"']?)\s{0,3}={2,3}\s{0,3})|"
+    r"\|\|\s{0,3}(?:\d{1,9}\s{0,3}={2,3}\s{0,3}\d|['\"][^'\"]{0,20}['\"]\s{0,3}={2,3})|"
+    r";\s{0,3}return\s{1,4}(?:true|1|this\.\w{1,20})\s{0,3}(?:[;}]|$|//)|"
+    r"\bthis\.\w{1,40}\s{0,3}(?:\.match\s{0,3}\(|={2,3}|!=)|"
+    r"\bdb\.\w{1,40}\.(?:insert|drop|remove|find|update|delete|mapreduce|aggregate|count)\w{0,12}\s{0,3}\(|"
+    r"\bdb\.(?:getcollectionnames|dropdatabase|version|injection)\b"
 )
-_PROTOTYPE = re.compile(r"__proto__\s{0,4}(?:['\"]?\s{0,4}(?:\]?\s{0,3}[\[.:=]|\]))|constructor\s{0,3}(?:\.|\[\s{0,3}['\"]?|\]\[)\s{0,3}prototype|\[\s{0,3}['\"]?(?:__proto__|prototype)['\"]?\s{0,3}\]")
+_SCRIPT_WORDS = ("return", "this.", "db.", "==", "var ", "while", "function", "sleep")
+_PROTOTYPE = re.compile(
+    r"__proto__\s{0,4}(?:['\"]?\s{0,4}(?:\]?\s{0,3}[\[.:=]|\]))|constructor\s{0,3}(?:\.|"
+    r"\[\s{0,3}['\"]?|\]\[)\s{0,3}prototype|\[\s{0,3}['\"]?(?:__proto__|prototype)['\"]?\s{0,3}\]"
+)
 
 
 def find(reading: Reading) -> Iterator[tuple[str, int]]:
@@ -37,7 +50,7 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
     reading.steps += len(lower)
     if "$" in lower and (reading.search(_IN_JSON) or reading.search(_IN_BRACKETS)):
         yield "operator", CERTAIN
-    if any(word in lower for word in ("return", "this.", "db.", "==", "var ", "while", "function", "sleep")) and reading.search(_SCRIPT):
+    if any(word in lower for word in _SCRIPT_WORDS) and reading.search(_SCRIPT):
         yield "script", CERTAIN
 
 
@@ -55,9 +68,9 @@ def find_in_key(key: str, child: object) -> Iterator[tuple[str, str]]:
         child: What it has, to see ``constructor`` with a ``prototype``.
     """
     lower = key.lower()
-    if "proto" in lower and ("__proto__" in lower or _PROTOTYPE.search(lower)):
-        yield PROTOTYPE, "key"
-    elif lower == "constructor" and isinstance(child, dict) and "prototype" in child:
+    if ("proto" in lower and ("__proto__" in lower or _PROTOTYPE.search(lower))) or (
+        lower == "constructor" and isinstance(child, dict) and "prototype" in child
+    ):
         yield PROTOTYPE, "key"
     if "$" in lower and (lower in OPERATORS or _IN_BRACKETS.search(lower)):
         yield CLASS, "key"

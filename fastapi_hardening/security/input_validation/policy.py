@@ -10,7 +10,12 @@ from fastapi_hardening.core.problem import OWN, Problem
 from fastapi_hardening.core.routes import RouteEntry
 from fastapi_hardening.security.input_validation.documents import Path
 from fastapi_hardening.security.input_validation.inspector import Inspector
-from fastapi_hardening.security.input_validation.settings import InputValidationSettings, Mode, Oversize, checked_classes
+from fastapi_hardening.security.input_validation.settings import (
+    InputValidationSettings,
+    Mode,
+    Oversize,
+    checked_classes,
+)
 from fastapi_hardening.security.input_validation.shape import FREE, Shape, names_of, shape_of
 
 _PLACES = ("path", "query", "header", "cookie", "body", "websocket")
@@ -119,8 +124,8 @@ class RoutePolicy:
     """
 
     __slots__ = (
-        "_allow", "body", "cookies", "enforces", "headers", "inspector", "off", "overrides", "path", "query", "segments",
-        "settings", "template",
+        "_allow", "body", "cookies", "enforces", "headers", "inspector", "off", "overrides", "path", "query",
+        "segments", "settings", "template",
     )  # fmt: skip
 
     def __init__(self, settings: InputValidationSettings, entry: RouteEntry) -> None:

@@ -1,4 +1,4 @@
-"""A value as every class of attack reads it: as it came, as it is meant, and in lower case; and how much reading it took.
+"""A value as every class of attack reads it: as it came, as it is meant, in lower case; and how much work it was.
 
 Most values are plain words and numbers. One pass over the bytes, in C, tells them from the others, and they are read no
 further: :func:`is_plain`.
@@ -20,14 +20,17 @@ _IN_ADDRESS = b":/{}"
 
 # Words alone can be an attack on a number that is put into a query unquoted, or a command with its arguments.
 _WORDS = re.compile(
-    r"\s{0,9}(?:[-.\d]{1,40}\s{1,9}(?:or|and|xor|union|order|group|having|waitfor|limit|exec|execute|select|insert|drop|delete|update|rlike|like|between|"
-    r"in|where|procedure|as|is|not)|union|select|exec|order\s{1,9}by|having|etc|or|and|drop|truncate|waitfor|procedure|shutdown|ping|which|create|grant|"
+    r"\s{0,9}(?:[-.\d]{1,40}\s{1,9}(?:or|and|xor|union|order|group|having|waitfor|limit|exec|execute|select|"
+    r"insert|drop|delete|update|rlike|like|between|"
+    r"in|where|procedure|as|is|not)|union|select|exec|order\s{1,9}by|having|etc|or|and|drop|truncate|"
+    r"waitfor|procedure|shutdown|ping|which|create|grant|"
     r"insert|delete|update|alter|print|declare|where)\s",
     re.IGNORECASE,
 )
 _COMMON = re.compile(
     r"\d{1,4}[-:.]\d\d[-:.T ][\d:.T+ -]{1,30}Z?|[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}"
-    r"|(?!etc/|proc/|boot|web-inf|meta-inf|Li4v|L2V0)[\w-](?:[\w.+-]{1,200}/?[\w.+-]{0,200}|[A-Za-z0-9+/]{1,400})={0,2}",
+    r"|(?!etc/|proc/|boot|web-inf|meta-inf|Li4v|L2V0)[\w-](?:[\w.+-]{1,200}/?[\w.+-]{0,200}|"
+    r"[A-Za-z0-9+/]{1,400})={0,2}",
     re.IGNORECASE,
 )
 # A web address that is nothing else: its host is looked at, and where it goes up.
@@ -49,7 +52,7 @@ _BEGINS_IN_JSON = re.compile(rb'"' + _WORDS.pattern.encode(), re.IGNORECASE)
 
 
 def is_plain_json(data: bytes) -> bool:
-    """Whether every text in a JSON document is plain, told without reading it as JSON; what is not told is not plain."""
+    """Whether every text in a JSON document is plain, told without reading it as JSON; if in doubt it is not."""
     return (
         not data.translate(None, _PLAIN + _JSON_MARKS)
         and b".." not in data
@@ -61,7 +64,7 @@ def is_plain_json(data: bytes) -> bool:
 
 
 def _is_common(text: str) -> bool:
-    """Whether a text is one of the values that most documents have: a time, a mail address, base64, a name with a slash."""
+    """Whether a text is one of those that most documents have: a time, a mail address, base64, a name with a slash."""
     return _COMMON.fullmatch(text) is not None
 
 
@@ -74,6 +77,11 @@ def _is_address(text: str) -> bool:
 
 
 _is_private = lru_cache(maxsize=1024)(is_private_host)
+
+
+def words(text: str) -> frozenset[str]:
+    """A list of words."""
+    return frozenset(text.split())
 
 
 class Reading:

@@ -75,7 +75,13 @@ class ValidationReport:
         """A report for each route that was asked for, those with the most findings first."""
         reports = [
             RouteReport(
-                template, seen.inspected, seen.found, seen.refused, seen.not_inspected, dict(seen.kinds), dict(seen.places)
+                template,
+                seen.inspected,
+                seen.found,
+                seen.refused,
+                seen.not_inspected,
+                dict(seen.kinds),
+                dict(seen.places),
             )
             for template, seen in list(self._seen.items())
         ]

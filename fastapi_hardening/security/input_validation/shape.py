@@ -6,7 +6,7 @@ characters. A ``SecretStr`` is exempt because a password may be anything and is 
 everything that is not understood, is free text.
 """
 
-import datetime
+import datetime as dt
 import decimal
 import enum
 import ipaddress
@@ -23,7 +23,7 @@ from pydantic import BaseModel, SecretBytes, SecretStr
 from pydantic.fields import FieldInfo
 
 _TYPED = (
-    bool, int, float, decimal.Decimal, enum.Enum, uuid.UUID, datetime.date, datetime.time, datetime.timedelta,
+    bool, int, float, decimal.Decimal, enum.Enum, uuid.UUID, dt.date, dt.time, dt.timedelta,
     ipaddress.IPv4Address, ipaddress.IPv6Address, ipaddress.IPv4Network, ipaddress.IPv6Network, SecretStr, SecretBytes,
     type(None),
 )  # fmt: skip
@@ -61,7 +61,9 @@ EXEMPT = Shape(exempt=True)
 _Models = dict[type, Shape]
 
 
-def shape_of(annotation: Any, metadata: tuple[Any, ...] = (), models: _Models | None = None) -> Shape:
+def shape_of(  # noqa: PLR0911 - a table of cases
+    annotation: Any, metadata: tuple[Any, ...] = (), models: _Models | None = None
+) -> Shape:
     """The shape of what an annotation admits.
 
     Example:

@@ -3,22 +3,23 @@
 The text is cut into the tokens of SQL as MySQL, PostgreSQL, SQL Server, Oracle and SQLite have them, once as it stands
 (it is put in unquoted) and once for each quote that could end the literal around it. Each token becomes one letter, so
 that a clause is a short word and a grammar a pattern of such words: ``1 or 1=1`` is ``1&1o1``. A quote alone is
-nothing, and a keyword alone is nothing. It takes a break-out and a clause that only an attack has after it: a comparison
-after ``or``, a second ``select``, another statement, a comment that cuts off the rest, a function that waits.
+nothing, and a keyword alone is nothing. It takes a break-out and a clause that only an attack has after it: a
+comparison after ``or``, a second ``select``, another statement, a comment that cuts off, a function that waits.
 
 The letters:
 
-    1 number    s string    u, w string without an end, of one word or several    v variable    t true, false, null    n name    M system table
-    f function with (    x dangerous function with (    & and, or, xor, ||    a arithmetic    o comparison    q ==
-    l like, in, between, is    U union    S select    F from    I into    H where    h having    r order, group    y by
-    L limit    E statement    T table, database    W waitfor    K case    k all, distinct, top, as ...    e exists
-    P procedure    c comment    z comment with text    and ( ) , ; . { } as they are    ? anything else
+    1 number    s string    u, w string without an end, of one word or several    v variable    t true, false, null
+    n name    M system table    f function with (    x dangerous function with (    & and, or, xor, ||    a arithmetic
+    o comparison    q ==    l like, in, between, is    U union    S select    F from    I into    H where    h having
+    r order, group    y by    L limit    E statement    T table, database    W waitfor    K case    e exists
+    k all, distinct, top, as ...    P procedure    c comment    z comment with text    ( ) , ; . { } as they are
+    ? anything else
 """
 
 import re
 from collections.abc import Iterator
 
-from fastapi_hardening.security.input_validation.reading import Reading
+from fastapi_hardening.security.input_validation.reading import Reading, words
 
 CLASS = "sql"
 
@@ -54,7 +55,8 @@ for _letter, _words in {
     "r": "order group",
     "y": "by",
     "L": "limit offset",
-    "E": "drop insert delete update truncate alter create exec execute declare grant merge replace shutdown handler load "
+    "E": "drop insert delete update truncate alter create exec execute declare grant merge replace "
+    "shutdown handler load "
     "set show describe backup bulk rename revoke kill reconfigure call begin commit rollback prepare print",
     "T": "table database schema view index trigger function column user login role tables databases",
     "W": "waitfor",
@@ -67,55 +69,69 @@ for _letter, _words in {
     _KEYWORDS |= dict.fromkeys(_words.split(), _letter)
 _SKIPPED = frozenset({"not"})
 
-_DANGEROUS = frozenset(
-    "sleep benchmark pg_sleep load_file extractvalue updatexml xp_cmdshell xp_regread xp_dirtree sp_executesql randomblob "
-    "get_host_address get_host_name receive_message dblink pg_read_file pg_ls_dir lo_import lo_export sys_exec sys_eval "
-    "openrowset opendatasource make_set elt geometrycollection multipoint polygon multipolygon linestring gtid_subset "
-    "name_const st_latfromgeohash ctxsys load_extension fn_trace_gettable xmltype httpuritype sql_variant_property".split()
+_DANGEROUS = words(
+    "sleep benchmark pg_sleep load_file extractvalue updatexml xp_cmdshell xp_regread "
+    "xp_dirtree sp_executesql randomblob "
+    "get_host_address get_host_name receive_message dblink pg_read_file pg_ls_dir lo_import lo_export "
+    "sys_exec sys_eval "
+    "openrowset opendatasource make_set elt geometrycollection multipoint polygon multipolygon linestring "
+    "gtid_subset "
+    "name_const st_latfromgeohash ctxsys load_extension fn_trace_gettable xmltype httpuritype sql_variant_property"
 )
-_FUNCTIONS = frozenset(
-    "version database user current_user session_user system_user schema char chr ascii concat concat_ws group_concat "
+_FUNCTIONS = words(
+    "version database user current_user session_user system_user schema char chr ascii "
+    "concat concat_ws group_concat "
     "string_agg substring substr mid ord hex unhex cast convert count length char_length bin_length if ifnull nullif "
     "coalesce iif md5 sha1 password encode decode ceil conv row_count found_rows last_insert_id current_setting "
-    "db_name host_name user_name is_srvrolemember object_id xmlelement request utl_inaddr rand bin oct ord left right "
+    "db_name host_name user_name is_srvrolemember object_id xmlelement request utl_inaddr rand bin oct ord "
+    "left right "
     "lower upper trim reverse replace json_keys json_extract to_char to_number nvl sys_context ltrim rtrim row floor "
     "aes_encrypt aes_decrypt des_encrypt is_member instr locate position strcmp exp pow now sysdate getdate dump "
-    "unicode quotename nchar datalength len isnull min max sum avg column_name sqlite_version printf typeof".split()
+    "unicode quotename nchar datalength len isnull min max sum avg column_name sqlite_version printf typeof"
 )
-_SYSTEM = frozenset(
-    "information_schema pg_catalog pg_shadow pg_user pg_class pg_database sysobjects syscolumns sysdatabases syslogins "
-    "sysusers sqlite_master sqlite_schema sqlite_temp_master all_tables all_tab_columns user_tables dba_users all_users "
-    "v$version msysobjects msysaces schemata master mysql dual sys user_tab_columns dba_role_privs table_schema table_name "
-    "column_name syscat sysibm".split()
+_SYSTEM = words(
+    "information_schema pg_catalog pg_shadow pg_user pg_class pg_database sysobjects "
+    "syscolumns sysdatabases syslogins "
+    "sysusers sqlite_master sqlite_schema sqlite_temp_master all_tables all_tab_columns user_tables "
+    "dba_users all_users "
+    "v$version msysobjects msysaces schemata master mysql dual sys user_tab_columns dba_role_privs "
+    "table_schema table_name "
+    "column_name syscat sysibm"
 )
 _SURELY_SYSTEM = _SYSTEM - {"master", "mysql", "dual", "sys", "table_name", "column_name", "table_schema"}
 
 # Functions that a text about something else does not call.
 _TELLING = _DANGEROUS | frozenset(
-    ("ascii", "substring", "substr", "length", "concat", "concat_ws", "group_concat", "version", "convert", "cast", "count", "iif", "isnull", "char", "chr", "if",
-     "database", "current_setting", "host_name", "db_name"),
+    ("ascii", "substring", "substr", "length", "concat", "concat_ws", "group_concat", "version", "convert", "cast",
+     "count", "iif", "isnull", "char", "chr", "if", "database", "current_setting", "host_name", "db_name"),
 )  # fmt: skip
 _LONGEST_NAME = 32
 _LAST_WORD = re.compile(r"\w{1,32}$")
 
 # A number that runs into a keyword, which several databases read as two tokens.
-_GLUED = re.compile(r"(0x[0-9a-f]{1,64}?|\d{1,32}(?:e\d{1,3})?)(or|and|union|xor|order|group|having|like|in|is|limit)", re.IGNORECASE)
+_GLUED = re.compile(
+    r"(0x[0-9a-f]{1,64}?|\d{1,32}(?:e\d{1,3})?)(or|and|union|xor|order|group|having|like|in|is|limit)", re.IGNORECASE
+)
 _NUMBER = re.compile(r"\d++(?:e\d++)?|0x[0-9a-f]++|0b[01]++", re.IGNORECASE)
 
 # What may follow the quote that ends a literal, so that the rest is SQL.
 _BREAK_OUT = re.compile(
     r"(?:\s{0,32}(?:[);]|/\*[^*]{0,64}\*/)){0,16}\s{0,32}"
-    r"(?:(?:or|and|xor|union|select|order|group|having|limit|like|rlike|regexp|ilike|between|in|is|not|div|mod|procedure|into|"
-    r"exec|execute|drop|insert|delete|update|truncate|alter|create|declare|shutdown|waitfor|if|where|from|begin|set|case|"
+    r"(?:(?:or|and|xor|union|select|order|group|having|limit|like|rlike|regexp|ilike|between|in|is|not|div|"
+    r"mod|procedure|into|"
+    r"exec|execute|drop|insert|delete|update|truncate|alter|create|declare|shutdown|waitfor|if|where|from|"
+    r"begin|set|case|"
     r"collate|as|except|intersect|show|handler|load|call|sounds|offset|end|then|values|print)\b"
     r"|[-+*/%^~|&!=<>,#@`({]|/\*|;|\)\s{0,9}$|$)",
     re.IGNORECASE,
 )
-# A first look at a text as it stands: does it open like the rest of a condition, or have a clause? All that the grammars
-# can find passes it, but for what has comments or lines between its words; most prose does not.
+# A first look at a text as it stands: does it open like the rest of a condition, or have a clause? All that the
+# grammars can find passes it, but for what has comments or lines between its words; most prose does not.
 _OPENING = re.compile(
-    r"[-+(\s]{0,9}(?:[\w.,@`-]{0,40}|\w{1,30}(?:['\"]\w{0,20}['\"])?)[)\s'\"%]{0,12}(?:or|and|xor|\|\||&&|union|order|group|having|where|procedure|limit|rlike|regexp|like|in|between|"
-    r"waitfor|as|is|exec|execute|select|print|case|if|[;=<>|&^])(?![a-z])|\s{0,9}[-+]?\d{1,20}[.\de]{0,9}[)\s]{0,9}(?:or|and|union|order|having|[-+*/%^&|,])|[\s)]{0,9},",
+    r"[-+(\s]{0,9}(?:[\w.,@`-]{0,40}|\w{1,30}(?:['\"]\w{0,20}['\"])?)[)\s'\"%]{0,12}(?:or|and|xor|\|\||&&|"
+    r"union|order|group|having|where|procedure|limit|rlike|regexp|like|in|between|"
+    r"waitfor|as|is|exec|execute|select|print|case|if|[;=<>|&^])(?![a-z])|"
+    r"\s{0,9}[-+]?\d{1,20}[.\de]{0,9}[)\s]{0,9}(?:or|and|union|order|having|[-+*/%^&|,])|[\s)]{0,9},",
     re.IGNORECASE,
 )
 _OPENING_LENGTH = 200
@@ -125,7 +141,8 @@ _CLAUSES: tuple[tuple[str, re.Pattern[str] | None], ...] = tuple(
     (word, None if pattern is None else re.compile(pattern))
     for word, pattern in {
         "union": r"union(?:\W|all|$)",
-        "select": r"select(?:\W{1,9}(?:all|distinct|top|sql_\w{1,20})\b)?\W{0,12}(?:[(*@\d'\"`]|null|case|[\w.`]{1,64}\W{0,6}(?:,|from\b|\()|[\w.]{1,40}\s{0,3}[;)])|select\W{0,9}$",
+        "select": r"select(?:\W{1,9}(?:all|distinct|top|sql_\w{1,20})\b)?\W{0,12}(?:[(*@\d'\"`]|null|case|"
+        r"[\w.`]{1,64}\W{0,6}(?:,|from\b|\()|[\w.]{1,40}\s{0,3}[;)])|select\W{0,9}$",
         "exec": r"exec(?:ute)?\W{0,9}(?:@|\(|['\"]|(?:master|xp|sp|immediate)\b|[xs]p_)",
         "xp_": None,
         "declare": r"declare\W{1,9}@",
@@ -153,10 +170,13 @@ _CLAUSES: tuple[tuple[str, re.Pattern[str] | None], ...] = tuple(
         "||": None,
         "&&": None,
         "grant": r"grant\W{1,3}(?:all|select|insert|update|delete|execute|dba|connect)\b",
-        ";": r";\W{0,9}(?:drop|insert|delete|update|truncate|show|set|shutdown|handler|load|bulk|call|prepare|rename|grant|reconfigure|commit|rollback|copy|if|begin|declare)\b",
+        ";": r";\W{0,9}(?:drop|insert|delete|update|truncate|show|set|shutdown|handler|load|bulk|call|"
+        r"prepare|rename|grant|reconfigure|commit|rollback|copy|if|begin|declare)\b",
         "shutdown": None,
         "copy": r"copy\W{1,3}[\w(]{1,40}\W{1,3}(?:from|to)\b",
-        "or": r"(?:or|and)(?:[\s(]{1,9}(?:not\s{1,9})?|(?=['\"]))(?:['\"][^'\"]{0,40}['\"]|['\"\w.@-]{1,40})[\s)]{0,9}(?:[-+*/%]\s{0,3}[\w.]{1,20}\s{0,3})?(?:[=<>!^]|like\b|in\s{0,3}\()|(?:or|and)[\s(]{1,9}[\w.]{1,30}\(",
+        "or": r"(?:or|and)(?:[\s(]{1,9}(?:not\s{1,9})?|(?=['\"]))(?:['\"][^'\"]{0,40}['\"]|"
+        r"['\"\w.@-]{1,40})[\s)]{0,9}(?:[-+*/%]\s{0,3}[\w.]{1,20}\s{0,3})?(?:[=<>!^]|like\b|"
+        r"in\s{0,3}\()|(?:or|and)[\s(]{1,9}[\w.]{1,30}\(",
     }.items()
 )
 
@@ -264,14 +284,18 @@ _UNION_ALONE = re.compile(r"^[1sn]?[)]{0,9}U[k(]{0,6}S?$")
 _QUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (name, re.compile(pattern))
     for name, pattern in {
-        "tautology": rf"^s[)]{{0,9}}&{_UP}(?:1(?:,1){{1,9}}[)]o|{_OPERAND}[)]{{0,9}}(?:a{_OPERAND}){{0,4}}[)]{{0,9}}(?:o|q|l[(]{{0,3}}[1stvuS])|[(]?[eSK]\b|[(]{{0,4}}[xf][(]|[(]{{1,4}}S)",
+        "tautology": rf"^s[)]{{0,9}}&{_UP}(?:1(?:,1){{1,9}}[)]o|"
+        rf"{_OPERAND}[)]{{0,9}}(?:a{_OPERAND}){{0,4}}[)]{{0,9}}(?:o|q|l[(]{{0,3}}[1stvuS])|[(]?[eSK]\b|"
+        rf"[(]{{0,4}}[xf][(]|[(]{{1,4}}S)",
         "logic": rf"^s[)]{{0,9}}&{_UP}(?:[1stvu]|n)[)]{{0,9}}(?:c|[;]c?$|a?z)",
         "union": r"^s[)]{0,9}(?:c?)U[k(]{0,6}S?$",
         "comment": r"^s[)]{0,9};{0,2}c",
         "where": rf"^s[)]{{0,9}}(?:kn|n)?H{_UP}{_OPERAND}[)]{{0,4}}(?:o|l[(1stvu])",
-        "expression": r"^s(?:[a&olq]{1,4}[(]{0,3}(?:[1stvu]|n|[fx]\([^;]{0,40}?\))[)]{0,3}){0,12}[&olq][a]{0,3}(?:u|s|1s?c)$",
+        "expression": r"^s(?:[a&olq]{1,4}[(]{0,3}(?:[1stvu]|n|"
+        r"[fx]\([^;]{0,40}?\))[)]{0,3}){0,12}[&olq][a]{0,3}(?:u|s|1s?c)$",
         "stacked": r"^s[)]{0,9};{1,3}(?:[SEWUK]|k[(x]|P)",
-        "clause": r"^s[)]{0,9}(?:(?:&[1t])?ry(?:(?:1|n)[)]{0,9}(?:[,;czhL&]|$)|[fx][(])|[(]{1,4}S|h[(1ns]{1,4}o|I[nsTE]|P[n(]|W|L1|xE)",
+        "clause": r"^s[)]{0,9}(?:(?:&[1t])?ry(?:(?:1|n)[)]{0,9}(?:[,;czhL&]|$)|[fx][(])|[(]{1,4}S|"
+        r"h[(1ns]{1,4}o|I[nsTE]|P[n(]|W|L1|xE)",
         "function": r"^s[)]{0,9}(?:[a&o]{1,3}[(]{0,4}(?:[xSK]|f[(]))",
         "comparison": r"^s(?:o|l|ao)(?:[(]{0,3}(?:[su]|1|t)(?:[cz;&)]|$)|[(]{1,3}S|[xf][(])",
         "values": r"^s[)]{0,3}(?:,[(]{0,3}(?:[Sxf][(]|S|t,t)|(?:,t){1,12}[)])",
@@ -284,13 +308,18 @@ _QUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 _UNQUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (name, re.compile(pattern))
     for name, pattern in {
-        "tautology": rf"^a?[1tvM]?[)]{{0,9}}&{_UP}(?:[1tvs]|(?<=1&)n(?:\.n){{0,2}}|(?<=1&)M\.[nM]|(?<=&)f\([^;]{{0,40}}?\)|(?<=\()f\([^;]{{0,40}}?\))[)]{{0,9}}(?:a{_LITERAL}){{0,4}}[)]{{0,9}}(?:o[(]{{0,4}}(?:[1tvsuSfxMa]|n|$)|l(?:[(]{{1,3}}[1stvuS]|[stvuS]))",
+        "tautology": rf"^a?[1tvM]?[)]{{0,9}}&{_UP}(?:[1tvs]|(?<=1&)n(?:\.n){{0,2}}|(?<=1&)M\.[nM]|"
+        rf"(?<=&)f\([^;]{{0,40}}?\)|"
+        rf"(?<=\()f\([^;]{{0,40}}?\))[)]{{0,9}}(?:a{_LITERAL}){{0,4}}[)]{{0,9}}(?:o[(]{{0,4}}(?:[1tvsuSfx"
+        rf"Ma]|n|$)|l(?:[(]{{1,3}}[1stvuS]|[stvuS]))",
         "equality": rf"^[^o;]{{0,6}}&{_UP}(?:1[)]{{0,3}}o[(]?(?:[1v]|[fx][(]|[(]?S)|so[su])",
-        "logic": r"^[)]{0,9}&[a(]{0,4}[fx][(]|^a?1[)]{0,9}&[a(]{0,4}(?:t(?:$|[cz;&)])|1[)]{0,3}c|[(]{0,3}(?:S|x[(]|e[(]))",
+        "logic": r"^[)]{0,9}&[a(]{0,4}[fx][(]|^a?1[)]{0,9}&[a(]{0,4}(?:t(?:$|[cz;&)])|1[)]{0,3}c|"
+        r"[(]{0,3}(?:S|x[(]|e[(]))",
         "subquery": r"^[(]S1[)]$|[1)&oa,(][(]S[k]{0,2}(?:[1svtfxMaK(]|n[),F.(]|S)",
         "function": r"(?:^|[&oaS(,1kl;)]|^E)[(]{0,3}x[(][(]{0,3}[1sufvSnM]",
         "stacked": r"^a?[1n]?[)]{0,3};{1,2}(?:S[(]?(?:[1svtfxMa]|n[(,.F])|W|E[v])",
-        "clause": r"^[Hh]1o1|^ry1(?:,1){0,20}c|^a?[1)][)]{0,9}(?:(?:&[1t])?ry(?:1(?:[,;cz&]|$)|[fx][(])|ry[nf1][^a-z]{0,2}h|h[(1ns]{1,4}o1?|P[n(]|W|Lf|L1,1)",
+        "clause": r"^[Hh]1o1|^ry1(?:,1){0,20}c|^a?[1)][)]{0,9}(?:(?:&[1t])?ry(?:1(?:[,;cz&]|$)|[fx][(])|"
+        r"ry[nf1][^a-z]{0,2}h|h[(1ns]{1,4}o1?|P[n(]|W|Lf|L1,1)",
         "where": rf"^a?1[)]{{0,9}}(?:kn)?H{_UP}{_OPERAND}[)]{{0,4}}[ol]",
         "wait": r"Wn?[suv1]",
         "nested": r"[fx][(][fx][(][fx][(]",
@@ -299,7 +328,9 @@ _UNQUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         "values": r"^a?1?[)]{0,3}(?:,t){1,12}[)]",
         "arithmetic": r"^a?1[a&]{1,2}[(]{0,3}(?:x[(]|f[(]|[(]S|S)",
         "variable": r"S[(]{0,3}v(?:$|[,;cz)FU&])",
-        "query": r"(?:^|[;(])[(]{0,3}S(?:k1|k{0,2})(?:[fx]\([^;]{0,60}\)(?:$|[;c)])|a(?:F[nM(`]|,)|(?:[1stvM]|n\.n|[fx]\([^;]{0,60}?\))(?:,(?:[1stvMna]|n\.n|[fx]\([^;]{0,40}?\))){0,20}(?:F[(nM]|F)|n(?:,n){1,20}F[nM(])",
+        "query": r"(?:^|[;(])[(]{0,3}S(?:k1|k{0,2})(?:[fx]\([^;]{0,60}\)(?:$|[;c)])|a(?:F[nM(`]|,)|"
+        r"(?:[1stvM]|n\.n|[fx]\([^;]{0,60}?\))(?:,(?:[1stvMna]|n\.n|"
+        r"[fx]\([^;]{0,40}?\))){0,20}(?:F[(nM]|F)|n(?:,n){1,20}F[nM(])",
         "conditional": r"^a?[1s]?[)]{0,3}[;&a,]?(?:kf?|f)[(][xSf][^;]{0,40}",
         "comparison": r"^a?[1tv][)]{0,3}o[(]{0,4}(?:S|x[(])",
     }.items()
@@ -307,28 +338,42 @@ _UNQUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 
 _NAME = r"[\w.\[\]`$\"]{1,64}(?: \. [\w\[\]`$\"]{1,64}){0,3}"
 _START = r"(?:^|; |[)'\"] |\d |-- )"
+# ruff: noqa: S608 - patterns that find queries, and no queries
 _STATEMENTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (name, re.compile(pattern))
     for name, pattern in {
-        "drop": rf"(?:; |^)(?:drop|truncate|alter|create) (?:table|database|schema|view|user|login|index|function|procedure|trigger|role)(?: if exists)? {_NAME}(?:$| [;(-]| set | add | cascade| as )|; drop \w{{1,40}} (?:;|--|$)",
+        "drop": rf"(?:; |^)(?:drop|truncate|alter|create) (?:table|database|schema|view|user|login|index|"
+        rf"function|procedure|trigger|role)(?: if exists)? {_NAME}(?:$| [;(-]| set | add | cascade| as )|"
+        rf"; drop \w{{1,40}} (?:;|--|$)",
         "insert": rf"{_START}(?:insert|replace) into {_NAME} (?:\(|values|select|set)",
-        "delete": rf"; delete from {_NAME}(?:$| [;-]| where )|{_START}delete from {_NAME} (?:where {_NAME} (?:[=<>]|like|in)|;|--)",
+        "delete": rf"; delete from {_NAME}(?:$| [;-]| where )|{_START}delete from {_NAME} (?:where {_NAME} "
+        rf"(?:[=<>]|like|in)|;|--)",
         "update": rf"{_START}update {_NAME} set {_NAME} = ",
-        "exec": r"(?:; |['\"] |^\d{1,9} )(?:exec|execute) \( ?['\"]|(?:^|\W)(?:exec|execute) (?:\( ?@|(?:master )?(?:\. ){0,2}(?:dbo \. )?(?:xp|sp)_|immediate |master \.|@\w|xp$|sp$)|\bxp_(?:cmdshell|regread|dirtree|servicecontrol)\b",
+        "exec": r"(?:; |['\"] |^\d{1,9} )(?:exec|execute) \( ?['\"]|(?:^|\W)(?:exec|execute) (?:\( ?@|"
+        r"(?:master )?(?:\. ){0,2}(?:dbo \. )?(?:xp|sp)_|immediate |master \.|@\w|xp$|sp$)|"
+        r"\bxp_(?:cmdshell|regread|dirtree|servicecontrol)\b",
         "declare": r"(?:^|\W)declare @\w{1,40} (?:as )?(?:n?varchar|int|char|nchar|table|cursor|sysname|varbinary)",
-        "set": r"; set @\w{1,40} :?= |; show (?:tables|databases|warnings|columns|variables|grants)|; (?:shutdown|handler \w+ open|load data|bulk insert|call \w+ \(|prepare \w+ from|rename table|grant \w+ on|reconfigure|commit|rollback)",
+        "set": r"; set @\w{1,40} :?= |; show (?:tables|databases|warnings|columns|variables|grants)|; "
+        r"(?:shutdown|handler \w+ open|load data|bulk insert|call \w+ \(|prepare \w+ from|rename table|"
+        r"grant \w+ on|reconfigure|commit|rollback)",
         "shutdown": r"['\"\d] ;? ?shutdown(?: with nowait)?(?:$| ;| --)",
-        "grant": rf"^\W{{0,4}}(?:create user {_NAME} identified by|grant (?:all|select|insert|update|delete|execute|dba|connect)\b.{{0,60}} (?:on .{{1,60}} )?to )",
-        "outfile": r" into (?:out|dump)file ['\"(]|\bprocedure analyse \(|\bload data (?:local )?infile ['\"]|\bload_file \(",
+        "grant": rf"^\W{{0,4}}(?:create user {_NAME} identified by|grant (?:all|select|insert|update|delete|"
+        rf"execute|dba|connect)\b.{{0,60}} (?:on .{{1,60}} )?to )",
+        "outfile": r" into (?:out|dump)file ['\"(]|\bprocedure analyse \(|\bload data (?:local )?infile "
+        r"['\"]|\bload_file \(",
         "wait": r"\bwai?t?for delay ['\"@]|\bwait ?for time ['\"]",
         "copy": r"(?:; |^)copy (?:\w{1,40}|\( select .{1,60}\)) (?:from|to) (?:program )?['\"]",
         "if": r"(?:^|; |['\"] )if ?\(? ?(?:\( ?)?(?:not )?(?:select|exists|substring|ascii|benchmark|\d+ ?[=<>] ?\d)",
         "when": r"\bcase (?:when .{1,80} then .{1,60} (?:else|end)|\w{1,20} when \w{1,20} then)",
         "full-text": r"['\"] in (?:boolean|natural language) mode \)",
-        "sequence": r"\b(?:utl_http|utl_inaddr|dbms_pipe|dbms_lock|dbms_ldap|dbms_utility|ctxsys) \. \w{1,40}(?: \. \w{1,40})? \(",
+        "sequence": r"\b(?:utl_http|utl_inaddr|dbms_pipe|dbms_lock|dbms_ldap|dbms_utility|ctxsys) \. "
+        r"\w{1,40}(?: \. \w{1,40})? \(",
     }.items()
 )
-_SAME = re.compile(r"(?:^|[ )'\"])(?:or|and|xor|\|\||&&) (?:\( ){0,4}([a-z_]{1,32}) = (?:\( ){0,2}\1(?: \)){0,4}(?:$| --| ;| (?:or|and) )")
+_SAME = re.compile(
+    r"(?:^|[ )'\"])(?:or|and|xor|\|\||&&) (?:\( ){0,4}([a-z_]{1,32}) = (?:\( ){0,2}\1(?: "
+    r"\)){0,4}(?:$| --| ;| (?:or|and) )"
+)
 _SPLIT_WORD = re.compile(r"\b(?:un?i?o?/\*\*/i?o?n?\b|se?l?e?/\*\*/l?e?ct)", re.IGNORECASE)
 _NOTHING = re.compile(r"\s{0,9}'\s{0,3}[-^*=<>&|+/%]{1,3}\s{0,3}'\s{0,9}")
 _PROSE_BEFORE = re.compile(r"[a-z]{1,40},?\s{1,9}[a-z]|\d\s{0,3}$")
@@ -378,7 +423,7 @@ def _after_break_out(tokens: _Tokens, before: str, quote: str) -> Iterator[tuple
             # A quote that ends a quotation or means feet and inches is followed by these, too.
             if name in ("expression", "concatenation") and not _says_something(letters, tokens.text):
                 continue
-            if prose or quote != "'" and name in ("concatenation", "comparison"):
+            if prose or (quote != "'" and name in ("concatenation", "comparison")):
                 continue
             yield name, CERTAIN
         else:

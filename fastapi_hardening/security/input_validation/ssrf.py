@@ -16,7 +16,10 @@ from fastapi_hardening.security.input_validation.reading import Reading
 CLASS = "ssrf"
 CERTAIN = 5
 
-_URL = re.compile(r"\s{0,8}(?:url=)?(https?|ftps?|wss?|gopher|dict|ldaps?|tftp|sftp|rmi|nfs|smb|imap|pop3|telnet|redis):[/\\]{1,4}([^\s/\\?#]{1,300})")
+_URL = re.compile(
+    r"\s{0,8}(?:url=)?(https?|ftps?|wss?|gopher|dict|ldaps?|tftp|sftp|rmi|nfs|smb|imap|pop3|"
+    r"telnet|redis):[/\\]{1,4}([^\s/\\?#]{1,300})"
+)
 _WEB = frozenset(("http", "https", "ws", "wss", "ftp", "ftps", "sftp"))
 _PROTOCOL_SMUGGLING = frozenset(("gopher", "dict", "tftp"))
 _PORT = re.compile(r":\d{0,5}$")
@@ -35,7 +38,11 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
     host = _PORT.sub("", authority.rpartition("@")[2])
     if scheme in _PROTOCOL_SMUGGLING:
         yield "scheme", CERTAIN
-    if "@" in authority and is_private_host(_PORT.sub("", authority.partition("@")[0])) and authority.partition("@")[0].count("."):
+    if (
+        "@" in authority
+        and is_private_host(_PORT.sub("", authority.partition("@")[0]))
+        and authority.partition("@")[0].count(".")
+    ):
         yield "private-address", CERTAIN
     elif is_private_host(host):
         yield "private-address" if scheme in _WEB else "private-service", CERTAIN

@@ -18,29 +18,62 @@ _SEPARATORS = re.compile("[/\\\\\ue000-\uf8ff\ufffd]+")
 _PATH = re.compile(r"[^\s\"'<>|(){},;=&?]*(?:\.\.|\.[/\\]{1,3}\.)[^\s\"'<>|(){},=&?]*")
 _SPELT = (("0x2e", "."), ("0x2f", "/"), ("0x5c", "\\"), ("%2e", "."), ("%2f", "/"), ("%5c", "\\"), ("%25", "%"))
 # The percent sign was taken away, or stands for itself.
-_DOTS_AND_HEX = re.compile(r"(?<=\.\.)%{0,9}(?:25){0,9}(?:2f|5c|c0%?af|c1%?9c|u2215|u2216)|(?<=\.\.)[\x00;%\uf025]{1,3}(?=[/\\]|\.\.)")
+_DOTS_AND_HEX = re.compile(
+    r"(?<=\.\.)%{0,9}(?:25){0,9}(?:2f|5c|c0%?af|c1%?9c|u2215|u2216)|"
+    r"(?<=\.\.)[\x00;%\uf025]{1,3}(?=[/\\]|\.\.)"
+)
 
 _SENSITIVE = re.compile(
-    r"(?:^|[/\\])(?:etc[/\\]{1,4}(?:passwd|shadow|group|hosts|issue|motd|sudoers|fstab|crontab|profile|ssh|apache|httpd|nginx|mysql|my\.cnf|"
-    r"php|resolv|hostname|gshadow|security|exports|inetd|vsftpd|samba|init|master\.passwd|os-release|redhat-release|debian_version)"
-    r"|proc[/\\]{1,4}(?:self|version|cmdline|net|mounts|cpuinfo|\d)|boot\.ini|win\.ini|system\.ini|winnt[/\\]|windows[/\\]{1,4}(?:system32|win\.ini|"
-    r"system\.ini|repair|panther|php\.ini|my\.ini)|inetpub[/\\]|global\.asa|web-inf[/\\]|meta-inf[/\\]|\.ssh[/\\]|id_rsa\b|\.htpasswd|"
-    r"\.aws[/\\]|\.git[/\\](?:config|head|index)|web\.config\b|wp-config\.php|\.bash_history|authorized_keys|var[/\\]{1,4}log[/\\])"
+    r"(?:^|[/\\])(?:etc[/\\]{1,4}(?:passwd|shadow|group|hosts|issue|motd|sudoers|fstab|crontab|profile|ssh|"
+    r"apache|httpd|nginx|mysql|my\.cnf|"
+    r"php|resolv|hostname|gshadow|security|exports|inetd|vsftpd|samba|init|master\.passwd|os-release|"
+    r"redhat-release|debian_version)"
+    r"|proc[/\\]{1,4}(?:self|version|cmdline|net|mounts|cpuinfo|\d)|boot\.ini|win\.ini|system\.ini|"
+    r"winnt[/\\]|windows[/\\]{1,4}(?:system32|win\.ini|"
+    r"system\.ini|repair|panther|php\.ini|my\.ini)|inetpub[/\\]|global\.asa|web-inf[/\\]|meta-inf[/\\]|"
+    r"\.ssh[/\\]|id_rsa\b|\.htpasswd|"
+    r"\.aws[/\\]|\.git[/\\](?:config|head|index)|web\.config\b|wp-config\.php|\.bash_history|"
+    r"authorized_keys|var[/\\]{1,4}log[/\\])"
 )
 _ABSOLUTE = re.compile(
-    r"(?:[/\\]{1,4}(?:private[/\\])?(?:etc|proc|root|boot|var[/\\]{1,3}(?:log|logs|adm|spool|run|mail|lib|lp|backups?|apache2?|nm2|cpanel|saf)|"
-    r"usr[/\\]{1,3}(?:local[/\\]{1,3})?(?:etc|lib|zend|apache\d?|php\d?|cpanel|httpd|mysql|nginx|pgsql|psa|lsws|zeus|samba)|"
-    r"(?:opt|volumes)[/\\]{1,3}(?:lampp|xampp|apache\d?|macintosh_hd1)|dev[/\\](?:random|urandom|zero|tcp|udp|fd|mem)|sys[/\\]|winnt|windows|inetpub)(?:[/\\]|$)"
-    r"|\\\\[\w.-]{1,80}\\(?:[a-z]|admin|ipc)\$\\|[a-z]:[/\\]{1,4}(?:boot\.ini|windows|winnt|inetpub|winxp|xampp|wamp|apache|php\d?[/\\]|mysql|autoexec\.bat|config\.sys|system volume|"
+    r"(?:[/\\]{1,4}(?:private[/\\])?(?:etc|proc|root|boot|var[/\\]{1,3}(?:log|logs|adm|spool|run|mail|lib|"
+    r"lp|backups?|apache2?|nm2|cpanel|saf)|"
+    r"usr[/\\]{1,3}(?:local[/\\]{1,3})?(?:etc|lib|zend|apache\d?|php\d?|cpanel|httpd|mysql|nginx|pgsql|psa|"
+    r"lsws|zeus|samba)|"
+    r"(?:opt|volumes)[/\\]{1,3}(?:lampp|xampp|apache\d?|macintosh_hd1)|dev[/\\](?:random|urandom|zero|tcp|"
+    r"udp|fd|mem)|sys[/\\]|winnt|windows|inetpub)(?:[/\\]|$)"
+    r"|\\\\[\w.-]{1,80}\\(?:[a-z]|admin|ipc)\$\\|[a-z]:[/\\]{1,4}(?:boot\.ini|windows|winnt|inetpub|winxp|"
+    r"xampp|wamp|apache|php\d?[/\\]|mysql|autoexec\.bat|config\.sys|system volume|"
     r"program files[^/\\]{0,8}[/\\]{1,4}(?:apache|mysql|php|xampp|filezilla|postgres|microsoft iis))"
-    r"|/?[a-z]:[/\\]?(?:windows|winnt|inetpub|boot\.ini)|[/\\]program files(?: \(x86\))?[/\\](?:apache|mysql|php|xampp|filezilla|postgres)"
-    r"|[/\\](?:[\w.-]{1,40}[/\\]{1,3}){0,8}(?:php\.ini|httpd\.conf|nginx\.conf|my\.(?:cnf|ini)|\.ht(?:access|passwd)|(?:access|error)[._]\s?log|"
+    r"|/?[a-z]:[/\\]?(?:windows|winnt|inetpub|boot\.ini)|[/\\]program files(?: \(x86\))?[/\\](?:apache|"
+    r"mysql|php|xampp|filezilla|postgres)"
+    r"|[/\\](?:[\w.-]{1,40}[/\\]{1,3}){0,8}(?:php\.ini|httpd\.conf|nginx\.conf|my\.(?:cnf|ini)|"
+    r"\.ht(?:access|passwd)|(?:access|error)[._]\s?log|"
     r"\.(?:bash_profile|bashrc|profile|netrc|rhosts|forward|cshrc|viminfo|mysql_history|xauthority|sh_history))$"
-    r"|[/\\]?(?:etc[/\\]{1,3}(?:passwd|shadow|hosts|group)|boot\.ini|win\.ini|web-inf[/\\]|\.htpasswd|\.htaccess|\.ssh[/\\]|\.git[/\\]|\.env$|\.bash_history|\.xauthority))"
+    r"|[/\\]?(?:etc[/\\]{1,3}(?:passwd|shadow|hosts|group)|boot\.ini|win\.ini|web-inf[/\\]|\.htpasswd|"
+    r"\.htaccess|\.ssh[/\\]|\.git[/\\]|\.env$|\.bash_history|\.xauthority))"
     r"[^\s\"'<>|(){}]{0,400}(?:[a-z ]{0,30}[/\\.][^\s]{0,200})?$"
 )
-_SCHEME = re.compile(r"(?:^|[=\"'\s(])(?:file:/{0,4}[/\\.a-z]|php://(?:filter|input|stdin|fd|memory|temp|output)|expect://|phar://|zip://|glob://|compress\.\w{2,6}://|zlib://|ogg://|rar://|ssh2\.\w{2,6}://|netdoc:/|jar:(?:file|https?):)")
-_SCHEMES = ("file:", "php:", "expect:", "phar:", "zip:", "glob:", "compress.", "zlib:", "ogg:", "rar:", "ssh2.", "netdoc:", "jar:")
+_SCHEME = re.compile(
+    r"(?:^|[=\"'\s(])(?:file:/{0,4}[/\\.a-z]|php://(?:filter|input|stdin|fd|memory|temp|"
+    r"output)|expect://|phar://|zip://|glob://|compress\.\w{2,6}://|zlib://|ogg://|rar://|ssh2\.\w{2,6}://|"
+    r"netdoc:/|jar:(?:file|https?):)"
+)
+_SCHEMES = (
+    "file:",
+    "php:",
+    "expect:",
+    "phar:",
+    "zip:",
+    "glob:",
+    "compress.",
+    "zlib:",
+    "ogg:",
+    "rar:",
+    "ssh2.",
+    "netdoc:",
+    "jar:",
+)
 # "../" and "/etc/" as base64.
 _BASE64 = re.compile(r"(?:Li4v){2}|L2V0Yy9")
 _LOST_SEPARATORS = re.compile(r"\.{4,60}(?:etc|boot\.ini|win\.ini|windows|winnt|inetpub|proc)\b")

@@ -12,8 +12,15 @@ from fastapi_hardening.security.input_validation.reading import Reading
 CLASS = "xml"
 CERTAIN = 5
 
-_ENTITY = re.compile(r"<!entity\s|<!doctype\s[^>\[]{0,200}\[|<!doctype\s{1,9}\S{1,60}\s{1,9}(?:system\b|public\s{1,9}[\"'](?!-//w3c|-//ietf))|<!(?:element|attlist|notation)\s")
-_INCLUDE = re.compile(r"<xi:include\b|http://www\.w3\.org/2001/xinclude|<xsl:(?:stylesheet|value-of|include|import|copy-of|variable|template)\b|<\?xml-stylesheet\b|xsi:schemalocation\s{0,3}=|<!\[cdata\[\s{0,3}[<'\"]")
+_ENTITY = re.compile(
+    r"<!entity\s|<!doctype\s[^>\[]{0,200}\[|<!doctype\s{1,9}\S{1,60}\s{1,9}(?:system\b|"
+    r"public\s{1,9}[\"'](?!-//w3c|-//ietf))|<!(?:element|attlist|notation)\s"
+)
+_INCLUDE = re.compile(
+    r"<xi:include\b|http://www\.w3\.org/2001/xinclude|<xsl:(?:stylesheet|value-of|include|"
+    r"import|copy-of|variable|template)\b|<\?xml-stylesheet\b|xsi:schemalocation\s{0,3}=|"
+    r"<!\[cdata\[\s{0,3}[<'\"]"
+)
 
 
 def find(reading: Reading) -> Iterator[tuple[str, int]]:
@@ -21,5 +28,7 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
     lower = reading.lower
     if "<!" in lower and reading.search(_ENTITY):
         yield "entity", CERTAIN
-    if ("<x" in lower or "xinclude" in lower or "<?xml-s" in lower or "xsi:" in lower or "<![" in lower) and reading.search(_INCLUDE):
+    if (
+        "<x" in lower or "xinclude" in lower or "<?xml-s" in lower or "xsi:" in lower or "<![" in lower
+    ) and reading.search(_INCLUDE):
         yield "include", CERTAIN
