@@ -20,7 +20,7 @@ _STRONG = (
     "whoami|uname|ifconfig|ipconfig|netstat|nslookup|wget|lynx|bash|zsh|ksh|csh|tcsh|powershell(?:\\.exe)?|"
     "pwsh|cmd(?:\\.exe)?|"
     "chmod|chown|chgrp|nc|ncat|netcat|telnet|ls|pwd|awk|gawk|mawk|sed|egrep|fgrep|grep|tftp|ssh|scp|sftp|"
-    "rsync|python[23]?(?:\\.\\d+)?|"
+    "rsync|python[23]?(?:\\.\\d{1,3})?|"
     "php[578]?|nodejs|base64|base32|xxd|hexdump|certutil|bitsadmin|systeminfo|tasklist|taskkill|printenv|"
     "lsof|crontab|useradd|adduser|"
     "usermod|groupadd|userdel|gcc|traceroute|tracert|phpinfo|wmic|mshta|rundll32|regsvr32|cscript|wscript|"
@@ -49,7 +49,7 @@ _SEPARATOR = r"(?:;|\|{1,2}|&{1,2}|\n|\r|\$\(|<\(|>\(|\\[nr]|\$\{IFS\}|=\(|!\s?`
 _OPTION = r"(?:-{1,2}[a-z0-9]|/[a-z?]{1,3}(?:\s|$)|\+%)"
 _SHELL_ARGUMENT = (
     r"(?:" + _OPTION + r"|[~.]{0,2}/|\\\\|[a-z]:[\\/]|\$|`|[\"'][^\"']{0,80}[\"']|[\"']|>|<|\*|\?\?|\{|"
-    r"%\w+%|https?:|ftp:|\d{1,3}\.\d|0x|\d+\s{0,3}(?:[;|&`)#]|$)|"
+    r"%\w{1,30}%|https?:|ftp:|\d{1,3}\.\d|0x|\d{1,12}\s{0,3}(?:[;|&`)#]|$)|"
     r"localhost|[\w-]{1,40}\.(?:com|net|org|ru|io|txt|php|sh|py|exe|ini|log|conf|html?|js|bat|ps1|me|site|"
     r"xyz|example)\b|\S{1,80}\s{0,3}[;|&`)]|"
     r"&\d|/dev/|@|passwd|etc\b)"
@@ -101,6 +101,7 @@ _WHOLE = re.compile(
     rf"[a-z]:[\\/][\w.\\/ ]{{0,120}}|\d{{1,3}}(?:\.\d{{1,3}}){{3}}|localhost|https?://\S{{1,200}}))"
     r"[\s\"')};&|#]{0,6}$"
 )
+_SHELL = re.compile(r"\s{0,4}(?:/(?:usr/)?bin/)?(?:ba|z|k|da)?sh\s{1,4}-[a-z]{0,3}c\s{1,4}\S")
 _OPTIONS_ONLY = re.compile(
     rf"\s{{0,4}}{_PATHS}(?:{_STRONG})(?:\s{{1,4}}-[\w]{{1,8}}){{1,4}}\s{{0,4}}$|"
     rf"\s{{0,4}}/(?:usr/)?(?:local/)?s?bin/(?:(?:id|ls|ps|cat|whoami|uname|netstat|ifconfig|hostname|"
@@ -187,7 +188,7 @@ _BATCH_SIGNS = (
     "% ",
     "%  ",
 )
-_SIGNS = (";", "|", "&", "\n", "`", "$", "\\", "<(", "\r", "/", "-", "(", "<?", "<%", ":", "\\n")
+_SIGNS = (";", "|", "&", "\n", "`", "$", "\\", "<(", "\r", "/", "-", "(", "<?", "<%", ":", "\\n", "{,", ",}")
 
 
 def find(reading: Reading) -> Iterator[tuple[str, int]]:
@@ -230,7 +231,7 @@ def _in_text(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
     yield from _by_themselves(text)
     first = _FIRST_WORD.match(text)
     if first is not None and _kind_of(first["word"]):
-        if _ONLY.match(text) or _WHOLE.match(text) or _OPTIONS_ONLY.match(text):
+        if _SHELL.match(text) or _ONLY.match(text) or _WHOLE.match(text) or _OPTIONS_ONLY.match(text):
             yield "whole", CERTAIN
     elif _OPTIONS_ONLY.match(text):
         yield "whole", CERTAIN

@@ -90,7 +90,7 @@ _SINK = (
     r"getelementsbytagname|vulnerable)|window\s?\.\s?(?:open|location|name|onerror)|string\s?\.\s?fromcharcode|"
     r"location\s?\.\s?(?:href|replace|assign|hash)|location\s?=|(?:parent|self|top|window|this|frames)\s?\[|"
     r"\.\s?(?:innerhtml|outerhtml|constructor|appendchild|insertadjacenthtml|srcdoc)\s?[(=]|xmlhttprequest|"
-    r"new\s+image|navigator\s?\.\s?sendbeacon|localstorage\s?\.|sessionstorage\s?\.|unescape|decodeuricomponent|atob)"
+    r"new\s{1,4}image|navigator\s?\.\s?sendbeacon|localstorage\s?\.|sessionstorage\s?\.|unescape|decodeuricomponent|atob)"
 )
 _CALLED = r"\s{0,9}(?:/\*[^*]{0,40}\*/)?(?:\)\s?)?(?:[(=`\[.]|\?\.|&lpar;)"
 _OUT_OF_STRING = re.compile(

@@ -394,7 +394,7 @@ def _may_have_body(scope: Scope) -> bool:
     """Whether a body may come: on HTTP/1 it announces itself (RFC 9112, section 6.3)."""
     for name, value in scope["headers"]:
         if name == b"content-length":
-            return value != b"0"
+            return bool(value != b"0")
         if name == b"transfer-encoding":
             return True
     version: str = scope.get("http_version", "1.1")

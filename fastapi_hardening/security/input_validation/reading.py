@@ -20,7 +20,7 @@ _IN_ADDRESS = b":/{}"
 
 # Words alone can be an attack on a number that is put into a query unquoted, or a command with its arguments.
 _WORDS = re.compile(
-    r"\s{0,9}(?:[-.\d]{1,40}\s{1,9}(?:or|and|xor|union|order|group|having|waitfor|limit|exec|execute|select|"
+    r"\s{0,9}(?:[-.\d]{1,40}(?:e\d{1,3})?\s{0,9}(?:or|and|xor|union|order|group|having|waitfor|limit|exec|execute|select|"
     r"insert|drop|delete|update|rlike|like|between|"
     r"in|where|procedure|as|is|not)|union|select|exec|order\s{1,9}by|having|etc|or|and|drop|truncate|"
     r"waitfor|procedure|shutdown|ping|which|create|grant|"
@@ -29,7 +29,7 @@ _WORDS = re.compile(
 )
 _COMMON = re.compile(
     r"\d{1,4}[-:.]\d\d[-:.T ][\d:.T+ -]{1,30}Z?|[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}"
-    r"|(?!etc/|proc/|boot|web-inf|meta-inf|Li4v|L2V0)[\w-](?:[\w.+-]{1,200}/?[\w.+-]{0,200}|"
+    r"|(?!0x|etc/|proc/|boot|web-inf|meta-inf|Li4v|L2V0)[\w-](?:[\w.+-]{1,200}/?[\w.+-]{0,200}|"
     r"[A-Za-z0-9+/]{1,400})={0,2}",
     re.IGNORECASE,
 )

@@ -144,7 +144,7 @@ def _is_narrow(pattern: str) -> bool:
     anchors = [argument for kind, argument in items if kind is constants.AT]
     whole = (
         len(items) > 1
-        and items[0] == (constants.AT, constants.AT_BEGINNING)
+        and items[0] in ((constants.AT, constants.AT_BEGINNING), (constants.AT, constants.AT_BEGINNING_STRING))
         and items[-1] in ((constants.AT, constants.AT_END), (constants.AT, constants.AT_END_STRING))
     )
     return whole and len(anchors) == 2 and _admits_harmless(items[1:-1])  # noqa: PLR2004 - one at each end

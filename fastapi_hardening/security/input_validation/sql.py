@@ -354,8 +354,8 @@ _STATEMENTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         r"\bxp_(?:cmdshell|regread|dirtree|servicecontrol)\b",
         "declare": r"(?:^|\W)declare @\w{1,40} (?:as )?(?:n?varchar|int|char|nchar|table|cursor|sysname|varbinary)",
         "set": r"; set @\w{1,40} :?= |; show (?:tables|databases|warnings|columns|variables|grants)|; "
-        r"(?:shutdown|handler \w+ open|load data|bulk insert|call \w+ \(|prepare \w+ from|rename table|"
-        r"grant \w+ on|reconfigure|commit|rollback)",
+        r"(?:shutdown|handler \w{1,40} open|load data|bulk insert|call \w{1,40} \(|prepare \w{1,40} from|rename table|"
+        r"grant \w{1,40} on|reconfigure|commit|rollback)",
         "shutdown": r"['\"\d] ;? ?shutdown(?: with nowait)?(?:$| ;| --)",
         "grant": rf"^\W{{0,4}}(?:create user {_NAME} identified by|grant (?:all|select|insert|update|delete|"
         rf"execute|dba|connect)\b.{{0,60}} (?:on .{{1,60}} )?to )",
@@ -363,7 +363,8 @@ _STATEMENTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         r"['\"]|\bload_file \(",
         "wait": r"\bwai?t?for delay ['\"@]|\bwait ?for time ['\"]",
         "copy": r"(?:; |^)copy (?:\w{1,40}|\( select .{1,60}\)) (?:from|to) (?:program )?['\"]",
-        "if": r"(?:^|; |['\"] )if ?\(? ?(?:\( ?)?(?:not )?(?:select|exists|substring|ascii|benchmark|\d+ ?[=<>] ?\d)",
+        "if": r"(?:^|; |['\"] )if ?\(? ?(?:\( ?)?(?:not )?"
+        r"(?:select|exists|substring|ascii|benchmark|\d{1,12} ?[=<>] ?\d)",
         "when": r"\bcase (?:when .{1,80} then .{1,60} (?:else|end)|\w{1,20} when \w{1,20} then)",
         "full-text": r"['\"] in (?:boolean|natural language) mode \)",
         "sequence": r"\b(?:utl_http|utl_inaddr|dbms_pipe|dbms_lock|dbms_ldap|dbms_utility|ctxsys) \. "
