@@ -66,6 +66,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "RequestLimitsMiddleware",
         "AddressLimitMiddleware",
         "RateLimitMiddleware",
+        "InputValidationMiddleware",
     ]
     on = [layer.name for layer in handle.pipeline if layer.state == "on"]
     assert on == [
@@ -80,6 +81,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "request limits",
         "address limit",
         "rate limit",
+        "input validation",
     ]
 
 

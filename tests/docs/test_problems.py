@@ -92,6 +92,12 @@ def a_flood(client: TestClient) -> httpx2.Response:
     return flooding.get("/")
 
 
+def an_attack(_client: TestClient) -> httpx2.Response:
+    app = FastAPI()
+    harden(app, Settings(_env_file=None, input_validation={"mode": "enforce"}))
+    return TestClient(app).get("/", params={"q": "1' or '1'='1"})
+
+
 CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "about-blank": lambda client: client.get("/no-such-page"),
     "validation-failed": lambda client: client.post("/orders", json={"lines": [{"quantity": 0}]}),
@@ -99,6 +105,7 @@ CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "temporary-reduced-capacity": past_the_deadline,
     "quota-exceeded": too_many,
     "abnormal-usage-detected": a_flood,
+    "content-refused": an_attack,
 }
 
 

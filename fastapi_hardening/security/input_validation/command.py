@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 
+from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading
 
 CLASS = "command"
@@ -57,19 +58,19 @@ _SHELL_ARGUMENT = (
 _END = r"(?=\s{0,9}(?:$|[;|&`)\n\r#<>\"'}]|\\[nr]))"
 
 # A separator, what may stand before a command, and the word that may be one; which words are, sets say faster.
-_AFTER_SEPARATOR = re.compile(
+_AFTER_SEPARATOR = Pattern(
     rf"{_SEPARATOR}[\s;|&@({{\"'$!+]{{0,8}}(?:(?:sudo|nohup|exec|time|env|busybox|command|then|do|start|call|"
     rf"timeout\s\d{{1,5}})\s{{1,4}}){{0,2}}"
     rf"{_PATHS}(?P<word>[a-z_][\w.-]{{0,24}})"
 )
-_TAIL = re.compile(
+_TAIL = Pattern(
     rf"(?P<ended>{_END})|(?P<glued>[<>,({{$%+]|/(?=[a-z?]\b))|"
     rf"(?P<argued>\s{{1,9}}{_SHELL_ARGUMENT})|(?P<spaced>\s{{1,9}})"
 )
-_FIRST_WORD = re.compile(rf"[\s\"'({{;|&]{{0,6}}{_PATHS}(?P<word>[a-z_][\w.-]{{0,24}})")
-_STRONG_WORD = re.compile(rf"(?:{_STRONG})$")
-_WEAK_WORD = re.compile(rf"(?:{_WEAK})$")
-_TWO_WORDS = re.compile(
+_FIRST_WORD = Pattern(rf"[\s\"'({{;|&]{{0,6}}{_PATHS}(?P<word>[a-z_][\w.-]{{0,24}})")
+_STRONG_WORD = Pattern(rf"(?:{_STRONG})$")
+_WEAK_WORD = Pattern(rf"(?:{_WEAK})$")
+_TWO_WORDS = Pattern(
     r"(?:net\s{1,3}(?:user|localgroup|group|view|use|start|share|stat)|(?:ba|z|k|"
     r"da)?sh\s{1,3}-c|dir\s{1,3}[a-z]:|set\s/a)(?![\w-])"
 )
@@ -84,16 +85,16 @@ def _kind_of(word: str) -> str:
     return "weak" if _WEAK_WORD.match(word) or _WEAK_WORD.match(word.removesuffix(".exe")) else ""
 
 
-_WITH_PATH = re.compile(
+_WITH_PATH = Pattern(
     rf"{_SEPARATOR}[\s\"'(]{{0,6}}(?:/(?:usr/)?(?:local/)?s?bin/|usr/bin/|/etc/|"
     rf"c:\\(?:windows|winnt|inetpub)\\)[\w?*]"
 )
-_TICKS = re.compile(
+_TICKS = Pattern(
     rf"\S{{0,40}}(?<!`)`(?!`)\s{{0,4}}{_PATHS}(?:{_STRONG}|"
     rf"{_WEAK})(?![\w-])[^`\n]{{0,200}}(?:`[^`\s]{{0,20}}\s{{0,4}}|$)$"
 )
-_SUBSTITUTION = re.compile(rf"(?:\$\(|<\()\s{{0,4}}{_PATHS}(?:{_STRONG}|{_WEAK})(?:{_END}|\s{{1,9}}{_SHELL_ARGUMENT})")
-_WHOLE = re.compile(
+_SUBSTITUTION = Pattern(rf"(?:\$\(|<\()\s{{0,4}}{_PATHS}(?:{_STRONG}|{_WEAK})(?:{_END}|\s{{1,9}}{_SHELL_ARGUMENT})")
+_WHOLE = Pattern(
     rf"[\s\"'({{]{{0,4}}{_PATHS}(?:(?:{_STRONG})|(?:cat|id|echo|type|dir|sleep|del|rm|cp|mv|net|reg|more|"
     rf"less|head|tail|find|touch|copy|cd|expr|tar|kill|system|host|ftp))(?:\.exe)?"
     rf"(?:\s{{1,4}}(?:{_OPTION}[\w=.:/-]{{0,40}}|"
@@ -101,23 +102,23 @@ _WHOLE = re.compile(
     rf"[a-z]:[\\/][\w.\\/ ]{{0,120}}|\d{{1,3}}(?:\.\d{{1,3}}){{3}}|localhost|https?://\S{{1,200}}))"
     r"[\s\"')};&|#]{0,6}$"
 )
-_SHELL = re.compile(r"\s{0,4}(?:/(?:usr/)?bin/)?(?:ba|z|k|da)?sh\s{1,4}-[a-z]{0,3}c\s{1,4}\S")
-_OPTIONS_ONLY = re.compile(
+_SHELL = Pattern(r"\s{0,4}(?:/(?:usr/)?bin/)?(?:ba|z|k|da)?sh\s{1,4}-[a-z]{0,3}c\s{1,4}\S")
+_OPTIONS_ONLY = Pattern(
     rf"\s{{0,4}}{_PATHS}(?:{_STRONG})(?:\s{{1,4}}-[\w]{{1,8}}){{1,4}}\s{{0,4}}$|"
     rf"\s{{0,4}}/(?:usr/)?(?:local/)?s?bin/(?:(?:id|ls|ps|cat|whoami|uname|netstat|ifconfig|hostname|"
     rf"env)\s{{0,4}}$|\w{{1,20}}(?:\s{{1,4}}\S{{1,80}}){{1,6}}\s{{0,4}}$)"
 )
-_ONLY = re.compile(
+_ONLY = Pattern(
     rf"[\s\"'({{]{{0,4}}(?:{_STRONG}|id|ps|dir)\s{{0,3}}[;|&]{{1,2}}\s{{0,3}}$|"
     rf"\s{{0,4}}(?:which|type|man|sudo)\s{{1,3}}(?:{_STRONG})\s{{0,4}}$"
 )
-_ALONE = re.compile(rf"[\s;|&]{{0,4}}(?:{_STRONG}|id)\W{{0,4}}$")
-_GLOB = re.compile(
+_ALONE = Pattern(rf"[\s;|&]{{0,4}}(?:{_STRONG}|id)\W{{0,4}}$")
+_GLOB = Pattern(
     r"(?:^|[\s;|&<])/(?:[\w*-]{0,20}(?:\?|"
     r"\[[\w/?^-]{1,6}\])[\w?*\[\]/-]{0,20}/[\w?*\[\]-]{1,20}|[\w?*-]{1,20}/[\w*-]{0,20}\?[\w?*]{1,20})(?=$|"
     r"[\s;|&/])"
 )
-_BATCH = re.compile(
+_BATCH = Pattern(
     r"\bfor\s{1,9}(?:/[a-z]\s{1,9}){0,3}(?:\"[^\"]{0,40}\"\s{1,4})?%{1,2}[^\s%]{1,12}\s{1,4}in\s{0,4}\(|"
     r"\bif\s{1,9}(?:/i\s{1,4})?(?:not\s{1,4})?(?:exist\s{1,4}[\"(]?[a-z]:\\|%\w{1,30}%\s|"
     r"\"%\w{1,30}%\")|"
@@ -125,22 +126,22 @@ _BATCH = re.compile(
     r"\w{0,8}:?\s?\(\)\s{0,4}\{\s{0,4}[^}\n]{0,30}\|[^}\n]{0,30}&\s{0,4};?\s{0,4}\}|"
     r"^\s{0,4}\{(?:,[\w./-]{1,40}(?:,[\w./:-]{0,40}){0,6}|[a-z]{1,20},)\}\s{0,4}$"
 )
-_DEVICE = re.compile(r"/dev/(?:tcp|udp)/[\w.-]{1,80}/\d")
-_SENSITIVE = re.compile(
+_DEVICE = Pattern(r"/dev/(?:tcp|udp)/[\w.-]{1,80}/\d")
+_SENSITIVE = Pattern(
     r"/etc/(?:passwd|shadow|hosts|group|issue)|c:[\\/]{1,2}(?:windows|winnt|boot\.ini|"
     r"inetpub)|win\.ini|boot\.ini|/dev/(?:tcp|udp)/|/proc/self|\|\s{0,3}(?:ba|z|k|da)?sh\b|-e\s{1,3}/bin/|"
     r"rm\s{1,3}-\w{0,3}[rf]"
 )
-_SHELLSHOCK = re.compile(
+_SHELLSHOCK = Pattern(
     r"(?:^\s{0,4}|"
     r"[\s\"'=:])\(\s{0,4}\)\s{0,4}\{\s{0,4}[:_x]?\s{0,4};[^}]{0,40}\}\s{0,4}(?:;|>_)|"
     r"^\s{0,4}\(\)\s{0,4}\{[^}]{0,60}\}\s{0,4};"
 )
-_VARIABLE = re.compile(
+_VARIABLE = Pattern(
     r"(?:^|[\s;|&`])([a-z_]\w{0,15})=(?:\$?\\?['\"][^'\"\n]{0,60}['\"]|[^\s;&|"
     r"]{1,60})[;&|]{1,2}\s{0,4}\$\{?\1\b"
 )
-_CODE = re.compile(
+_CODE = Pattern(
     r"(?:\b(?:system|passthru|shell_exec|popen|proc_open|pcntl_exec|assert|create_function|call_user_func|"
     r"backticks?)\s{0,3}\(\s{0,3}"
     r"(?:['\"`$]|base64_decode|chr\(|getenv|/|(?:cat|ls|id|dir|whoami|sleep|ping|echo|wget|curl|nc|uname)\b)"
@@ -153,19 +154,19 @@ _CODE = re.compile(
     r"\bphpinfo\s{0,3}\(\s{0,3}\)|\bprint\s{0,3}\(?\s{0,3}md5\s{0,3}\(|invoke-expression|\biex\s{0,3}\(|"
     r"new-object\s{1,3}(?:system\.)?net\.|frombase64string)"
 )
-_OPEN_TAG = re.compile(
+_OPEN_TAG = Pattern(
     r"<\?(?:php\b|=|\s{0,4}(?:system|exec|passthru|echo|print|eval|include)\b)|"
     r"<%\s{0,4}(?:execute|eval|response\.|runtime|=\s{0,3}(?:system|`))"
 )
 
-_QUOTES_IN_WORD = re.compile(
+_QUOTES_IN_WORD = Pattern(
     r"(?<=[\w/])(?:''|\"\"|\\(?=[a-z/])|\$@|\$\*|\$\{@\}|\^)(?=[\w/])|\$\(\)|"
     r"(?<=[\w/;|&\s])\\\n(?=\w)"
 )
-_QUOTED_WORD = re.compile(r"[\s;|&]{0,4}(?:\w{0,6}['\"]){3,12}\w{0,6}(?:\s|$)")
-_BLANKS = re.compile(r"\$\{ifs[^}]{0,20}\}|\$ifs(?:\$\d)?|%09|\{ifs\}|\t")
-_BRACES = re.compile(r"\{([\w./-]{1,40}(?:,[\w./:-]{1,80}){1,8})\}")
-_PROSE = re.compile(r"[a-z']{2,40},?\s{1,9}[a-z']{2,40}")
+_QUOTED_WORD = Pattern(r"[\s;|&]{0,4}(?:\w{0,6}['\"]){3,12}\w{0,6}(?:\s|$)")
+_BLANKS = Pattern(r"\$\{ifs[^}]{0,20}\}|\$ifs(?:\$\d)?|%09|\{ifs\}|\t")
+_BRACES = Pattern(r"\{([\w./-]{1,40}(?:,[\w./:-]{1,80}){1,8})\}")
+_PROSE = Pattern(r"[a-z']{2,40},?\s{1,9}[a-z']{2,40}")
 _SEPARATING = (";", "|", "&", "\n", "\r", "$", "<(", ">(", "=(", "!", "\\n", "\\r")
 _CODE_WORDS = (
     "system", "exec", "passthru", "popen", "eval", "assert", "subprocess", "__import__", "child_process", "mainmodule",

@@ -4,15 +4,15 @@ A text of several lines is nothing. What counts is a line break that was hidden 
 is none in honest input (a path, a query, a header), when the next line looks like a header field or a status line.
 """
 
-import re
 from collections.abc import Iterator
 
+from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading
 
 CLASS = "crlf"
 CERTAIN = 5
 
-_FIELD = re.compile(
+_FIELD = Pattern(
     r"(?:[\r\n]|\\r|\\n|0x0d|0x0a|[\u560a\u560d])\s{0,4}(?:(?:set-?cookie2?|location|content-?(?:type|"
     r"length|disposition|encoding|security-policy)|transfer-encoding|refresh|link|"
     r"access-control-[a-z-]{3,30}|host|x-[a-z-]{2,30}|last-modified|status|server|connection|cache-control|"
@@ -20,7 +20,7 @@ _FIELD = re.compile(
     r"http/\d(?:\.\d)?\s{1,3}\d{3}|(?:get|post|put|delete|head)\s{1,3}[/h]\S{0,200}\s{1,3}http/\d)"
 )
 _BREAKS = ("\n", "\r", "\\n", "\\r", "0x0", "\u560a", "\u560d")
-_MAIL = re.compile(r"(?:bcc|cc|to|subject|from|reply-to|mime-version)\s{0,3}:")
+_MAIL = Pattern(r"(?:bcc|cc|to|subject|from|reply-to|mime-version)\s{0,3}:")
 
 
 def find(reading: Reading) -> Iterator[tuple[str, int]]:

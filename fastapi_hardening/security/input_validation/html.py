@@ -13,19 +13,20 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading, words
 
 CLASS = "xss"
 CERTAIN = 5
 SUSPICIOUS = 3
 
-_NAME_END = re.compile(r"[\s/>]")
-_ATTRIBUTE = re.compile(
+_NAME_END = Pattern(r"[\s/>]")
+_ATTRIBUTE = Pattern(
     r"""[\s/"'`]*+([^\s/>=][^\s/>=]*+)?+(?:\s*+=\s*+("[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z)|`[^`>]*+`?|[^\s>]*+))?+""",
     re.DOTALL,
 )
-_IGNORED_IN_ADDRESS = re.compile(r"[\x00-\x20\x7f-\xa0]+")
-_COMMENT_IN_STYLE = re.compile(r"/\*.*?(?:\*/|\Z)", re.DOTALL)
+_IGNORED_IN_ADDRESS = Pattern(r"[\x00-\x20\x7f-\xa0]+")
+_COMMENT_IN_STYLE = Pattern(r"/\*.*?(?:\*/|\Z)", re.DOTALL)
 
 # Elements that hold or load a program, or change where others load from, by what they need to have.
 _RUNS = frozenset({"script"})
@@ -70,15 +71,15 @@ _EVENTS = words(
     "qt_error message location"
 )
 
-_PROGRAM = re.compile(
+_PROGRAM = Pattern(
     r"(?:javascript|vbscript|livescript|mocha|jscript|ecmascript|script):|(?:feed|"
     r"view-source|firefoxurl):.{0,20}javascript:"
 )
-_DATA = re.compile(
+_DATA = Pattern(
     r"data:(?:text/(?:html|xml|javascript|ecmascript|x-)|application/(?:x-?javascript|"
     r"javascript|xhtml|xml|ecmascript|x-)|image/svg|[;,])"
 )
-_STYLE = re.compile(
+_STYLE = Pattern(
     r"expression\s{0,9}\(|behaviou?r\s{0,9}:|-moz-binding|javascript\s{0,9}:|vbscript:|"
     r"@import|-o-link|url\s{0,9}\(\s{0,9}['\"]?\s{0,9}(?:data:|javascript|//|https?:)"
 )
@@ -93,43 +94,43 @@ _SINK = (
     r"new\s{1,4}image|navigator\s?\.\s?sendbeacon|localstorage\s?\.|sessionstorage\s?\.|unescape|decodeuricomponent|atob)"
 )
 _CALLED = r"\s{0,9}(?:/\*[^*]{0,40}\*/)?(?:\)\s?)?(?:[(=`\[.]|\?\.|&lpar;)"
-_OUT_OF_STRING = re.compile(
+_OUT_OF_STRING = Pattern(
     r"(?:^|[^\\])['\"`]\s{0,9}[)\]}]{0,4}\s{0,9}(?:[;,+*|&^?:/%-]|\|\||&&|\bin\b|\binstanceof\b|"
     r"}){1,3}[\s({\[!+~-]{0,9}" + _SINK + _CALLED
 )
-_LITERAL_CALL = re.compile(
+_LITERAL_CALL = Pattern(
     r"\b(?:alert|prompt|confirm)\s{0,9}(?:\(|`)\s{0,9}(?:['\"/`]?[^'\"()\s]{1,24}['\"/`]?\s{0,9}(?:[)`]|$)|"
     r"['\"/`&]|string|document|window|\d)"
 )
-_ONLY_A_CALL = re.compile(
+_ONLY_A_CALL = Pattern(
     r"\W{0,16}(?:alert|prompt|confirm|eval|"
     r"document\.write)\s{0,3}[(`][^()`]{0,200}(?:\([^()]{0,80}\)[^()`]{0,80})?[)`][\s;/\w'\"]{0,8}$"
 )
-_ONLY_COOKIES = re.compile(
+_ONLY_COOKIES = Pattern(
     r"\W{0,16}document\s?(?:/\*[^*]{0,40}\*/\s?)?(?:\.|\[)\W{0,40}(?:cookie|domain|"
     r"location)\W{0,16}$"
 )
-_COMPUTED_CALL = re.compile(
+_COMPUTED_CALL = Pattern(
     r"\b(?:self|top|window|parent|this|frames|document|"
     r"globalthis)\s{0,9}\)?(?:/\*[^*]{0,40}\*/)?\s{0,9}\[[^\]\n]{1,80}\]\s{0,9}[(`\[]"
 )
-_OUT_OF_ATTRIBUTE = re.compile(r"[^<>]{0,60}[\"'][^<>\"']{0,20}/?>\s{0,9}<\s{0,3}[/!]?[a-z]", re.IGNORECASE)
-_SINKS = re.compile(_SINK + _CALLED)
+_OUT_OF_ATTRIBUTE = Pattern(r"[^<>]{0,60}[\"'][^<>\"']{0,20}/?>\s{0,9}<\s{0,3}[/!]?[a-z]", re.IGNORECASE)
+_SINKS = Pattern(_SINK + _CALLED)
 _SCRIPT_WORDS = (
     "alert", "prompt", "confirm", "eval", "execscript", "msgbox", "setinterval", "settimeout", "setimmediate",
     "function", "fetch", "importscripts", "document", "window", "fromcharcode", "location", "parent", "self", "top",
     "this", "frames", "html", "constructor", "append", "insertadj", "srcdoc", "xmlhttp", "image", "sendbeacon",
     "storage", "unescape", "decodeuri", "atob",
 )  # fmt: skip
-_TEMPLATE_CALL = re.compile(r"\$\{\s{0,9}" + _SINK + _CALLED)
-_EVENT = re.compile(r"(?:^|[\s\"'`/;?&*)>\x00]|\*/)on([a-z_]{3,30})\s{0,9}(?:/\*[^*]{0,40}\*/)?=\s{0,9}(\S?)")
-_ADDRESS = re.compile(
+_TEMPLATE_CALL = Pattern(r"\$\{\s{0,9}" + _SINK + _CALLED)
+_EVENT = Pattern(r"(?:^|[\s\"'`/;?&*)>\x00]|\*/)on([a-z_]{3,30})\s{0,9}(?:/\*[^*]{0,40}\*/)?=\s{0,9}(\S?)")
+_ADDRESS = Pattern(
     r"(?:^|[\"'`(=:;,\s>])(?:java|vb|live|j)script\s{0,3}:(?=[^\s:]|\s{0,9}(?:alert|eval|"
     r"prompt|confirm|document|window|location))"
 )
-_ADDRESS_START = re.compile(r"\s{0,9}(?:javascript|vbscript|livescript|jscript|mocha):")
-_CODE = re.compile(r"[(=`\[%\\&/\"'+*]")
-_PROSE = re.compile(r"[`'\")]{0,3}\s{1,4}[a-z]{1,30}(?:[\s,.:)]|$)(?!\s{0,9}[=(.\[])")
+_ADDRESS_START = Pattern(r"\s{0,9}(?:javascript|vbscript|livescript|jscript|mocha):")
+_CODE = Pattern(r"[(=`\[%\\&/\"'+*]")
+_PROSE = Pattern(r"[`'\")]{0,3}\s{1,4}[a-z]{1,30}(?:[\s,.:)]|$)(?!\s{0,9}[=(.\[])")
 
 
 class Tag(NamedTuple):

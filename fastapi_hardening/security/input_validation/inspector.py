@@ -6,7 +6,7 @@ that a test can hold it.
 Example:
     >>> inspector = Inspector()
     >>> [found.id for found in inspector.inspect("1' or '1'='1")]
-    ['sql.quoted-tautology', 'sql.quoted-expression']
+    ['sql.quoted-tautology']
     >>> inspector.inspect("It's 1 or 2 o'clock; select the best from our union of workers.")
     ()
 """

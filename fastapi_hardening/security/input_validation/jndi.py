@@ -7,6 +7,7 @@ the logger would, a bounded number of times.
 import re
 from collections.abc import Iterator
 
+from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading
 
 CLASS = "jndi"
@@ -14,13 +15,13 @@ CERTAIN = 5
 SUSPICIOUS = 3
 
 _MOST_ROUNDS = 8
-_INNERMOST = re.compile(
+_INNERMOST = Pattern(
     r"\$\{(?:(?:lower|upper|date|sys|env|main|ctx|java|web|bundle|map|marker|sd|log4j|"
     r"base64|k8s|spring|docker|event)?:)?([^${}]{0,200})\}"
 )
-_LOOKUP = re.compile(r"\$\{\s{0,3}jndi\s{0,3}:|jndi:(?:ldaps?|rmi|dns|iiop|corba|nds|nis|https?):")
-_NESTED = re.compile(r"\$\{[^}]{0,60}\$\{(?:lower|upper|::-|env:|sys:|date:)")
-_SECRETS = re.compile(r"\$\{(?:env|sys|java|ctx|main|bundle|web|docker|k8s|spring|log4j):[\w.:-]{1,60}\}")
+_LOOKUP = Pattern(r"\$\{\s{0,3}jndi\s{0,3}:|jndi:(?:ldaps?|rmi|dns|iiop|corba|nds|nis|https?):")
+_NESTED = Pattern(r"\$\{[^}]{0,60}\$\{(?:lower|upper|::-|env:|sys:|date:)")
+_SECRETS = Pattern(r"\$\{(?:env|sys|java|ctx|main|bundle|web|docker|k8s|spring|log4j):[\w.:-]{1,60}\}")
 
 
 def find(reading: Reading) -> Iterator[tuple[str, int]]:

@@ -2,6 +2,12 @@
 
 Where findings are only reported nothing waits: the body passes as it comes, a copy is looked at after the answer. Where
 they are refused the body is read first, as far as it is inspected, and handed on message by message as it came.
+
+Example:
+    >>> from fastapi import FastAPI
+    >>> from fastapi_hardening.security.input_validation import InputValidationMiddleware, InputValidationSettings
+    >>> app = FastAPI()
+    >>> app.add_middleware(InputValidationMiddleware, settings=InputValidationSettings(mode="enforce"))
 """
 
 import asyncio
@@ -106,17 +112,31 @@ class InputValidationMiddleware:
         self.report.of(policy.template).inspected += 1
         head = _head(scope, policy)
         if kind == "websocket":
-            await self._websocket(head, policy, scope, receive, send)
+            if head and await self._refused_handshake(head, policy, scope, receive, send):
+                return
+            messages = _Messages(self, policy, scope, receive, send)
+            await self.app(scope, messages.receive, messages.send if policy.enforces else send)
         elif policy.enforces:
-            await self._enforce(head, policy, scope, receive, send)
-        elif head or _may_have_body(scope):
-            await self._report(head, policy, scope, receive, send)
+            problem, receive = await self._look_first(head, policy, scope, receive)
+            if problem is None:
+                await self.app(scope, receive, send)
+            else:
+                await refuse(problem, scope, receive, send, layer=LAYER)
         else:
-            await self.app(scope, receive, send)
+            reading = self._copy_of(policy, scope)
+            if reading is not None:
+                receive = reading.copying(receive)
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                if head or reading is not None:
+                    await self._look_after(head, reading, policy, scope)
 
     # --- enforce ------------------------------------------------------------------------------------------------------
 
-    async def _enforce(self, head: list[Text], policy: RoutePolicy, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _look_first(
+        self, head: list[Text], policy: RoutePolicy, scope: Scope, receive: Receive
+    ) -> tuple[Problem | None, Receive]:
         findings = inspected(head, policy) if head else []
         problem: Problem | None = None
         if not findings and _may_have_body(scope):
@@ -129,10 +149,7 @@ class InputValidationMiddleware:
         if findings:
             self._tell(findings, policy, scope, refused=True)
             problem = _refusal(findings)
-        if problem is not None:
-            await refuse(problem, scope, receive, send, layer=LAYER)
-        else:
-            await self.app(scope, receive, send)
+        return problem, receive
 
     async def _read(
         self, reading: "_Reading", policy: RoutePolicy, receive: Receive
@@ -163,21 +180,23 @@ class InputValidationMiddleware:
 
     # --- report -------------------------------------------------------------------------------------------------------
 
-    async def _report(self, head: list[Text], policy: RoutePolicy, scope: Scope, receive: Receive, send: Send) -> None:
-        reading: _Reading | None = None
-        if _may_have_body(scope):
-            reading = _Reading(scope, policy)
-            if reading.too_large(_declared_length(scope)):
-                self.report.of(policy.template).not_inspected += 1
-                reading = None
-        try:
-            await self.app(scope, receive if reading is None else reading.copying(receive), send)
-        finally:
-            findings = inspected(head, policy) if head else []
-            if reading is not None:
-                findings += await self._look_at_copy(reading, policy)
-            if findings:
-                self._tell(findings, policy, scope, refused=False)
+    def _copy_of(self, policy: RoutePolicy, scope: Scope) -> "_Reading | None":
+        if not _may_have_body(scope):
+            return None
+        reading = _Reading(scope, policy)
+        if reading.too_large(_declared_length(scope)):
+            self.report.of(policy.template).not_inspected += 1
+            return None
+        return reading
+
+    async def _look_after(
+        self, head: list[Text], reading: "_Reading | None", policy: RoutePolicy, scope: Scope
+    ) -> None:
+        findings = inspected(head, policy) if head else []
+        if reading is not None:
+            findings += await self._look_at_copy(reading, policy)
+        if findings:
+            self._tell(findings, policy, scope, refused=False)
 
     async def _look_at_copy(self, reading: "_Reading", policy: RoutePolicy) -> list[Finding]:
         if reading.too_large(reading.size):
@@ -191,17 +210,15 @@ class InputValidationMiddleware:
 
     # --- websocket ----------------------------------------------------------------------------------------------------
 
-    async def _websocket(
+    async def _refused_handshake(
         self, head: list[Text], policy: RoutePolicy, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        findings = inspected(head, policy) if head else []
+    ) -> bool:
+        findings = inspected(head, policy)
         if findings:
             self._tell(findings, policy, scope, refused=policy.enforces)
             if policy.enforces:
                 await refuse(_refusal(findings), scope, receive, send, layer=LAYER)
-                return
-        messages = _Messages(self, policy, scope, receive, send)
-        await self.app(scope, messages.receive, messages.send if policy.enforces else send)
+        return bool(findings) and policy.enforces
 
     def look_at_message(self, text: str, policy: RoutePolicy, scope: Scope) -> bool:
         """Whether something was found in a message of a websocket; told and counted."""

@@ -4,21 +4,21 @@ A parenthesis closes, another opens, and what follows is an operator of a filter
 card; or a quote ends a string of XPath and its functions follow. An asterisk alone searches.
 """
 
-import re
 from collections.abc import Iterator
 
+from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading
 
 CLASS = "ldap"
 CERTAIN = 5
 
-_FILTER = re.compile(
+_FILTER = Pattern(
     r"\*\s{0,3}\)?\s{0,3}\(\s{0,3}[|&!]|\*\)\(|\)\s{0,3}\(\s{0,3}[|&!]\s{0,3}\(|\(\s{0,3}[|"
     r"&]\s{0,3}\(\s{0,3}!?\s{0,3}\(?\s{0,3}[\w-]{1,40}\s{0,3}[~<>]?=|"
     r"\)\s{0,3}\(\s{0,3}[\w-]{1,40}\s{0,3}[~<>]?=\s{0,3}[^()]{0,60}(?:\*|\)\s{0,3}$|$)|"
     r"\*\s{0,3}\)\s{0,3}(?:\)\s{0,3}){1,5}(?:%00|$)|\(\s{0,3}[\w-]{1,40}=\*\s{0,3}\)"
 )
-_ONLY = re.compile(
+_ONLY = Pattern(
     r"\s{0,3}(?:\*\s{0,3}\|{1,2}|\*\(\)\|.{0,8}|\(\*\)\*\)|@\*|//\*|\*/\*|"
     r"[\w.@-]{0,40}\*\)\s{0,3}\(?\s{0,3}(?:[|&].{0,60})?)\s{0,3}$"
 )
@@ -37,7 +37,7 @@ _XPATH_WORDS = (
     "node(",
     "text(",
 )
-_XPATH = re.compile(
+_XPATH = Pattern(
     r"['\"]\s{0,4}(?:or|and|\|)\s{0,4}(?:name\(|count\(|//|string-length\(|substring\(|"
     r"position\(|starts-with\(|contains\(|node\(|text\()|\|\s{0,3}//\*|count\s{0,3}\(\s{0,3}/"
 )

@@ -5,9 +5,9 @@ document are looked at by :func:`find_in_key`, JSON within a text and JavaScript
 :func:`find`.
 """
 
-import re
 from collections.abc import Iterator
 
+from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading, words
 
 CLASS = "nosql"
@@ -26,9 +26,9 @@ _OPERATOR = (
     r"\$(?:where|ne|nin|in|gte?|lte?|eq|not|or|and|nor|regex|exists|type|expr|mod|text|all|"
     r"elemmatch|size|function|options|comment)"
 )
-_IN_JSON = re.compile(rf"(?:[{{,\[]|^)\s{{0,9}}['\"]?{_OPERATOR}['\"]?\s{{0,9}}:")
-_IN_BRACKETS = re.compile(rf"\[\s{{0,3}}['\"]?{_OPERATOR}['\"]?\s{{0,3}}\]")
-_SCRIPT = re.compile(
+_IN_JSON = Pattern(rf"(?:[{{,\[]|^)\s{{0,9}}['\"]?{_OPERATOR}['\"]?\s{{0,9}}:")
+_IN_BRACKETS = Pattern(rf"\[\s{{0,3}}['\"]?{_OPERATOR}['\"]?\s{{0,3}}\]")
+_SCRIPT = Pattern(
     r"['\"]\s{0,4}(?:;|&&|\|\||\}|\))\s{0,4}(?:return\b|var\s|this\.|while\s{0,3}\(|db\.|sleep\s{0,3}\(|"
     r"function\s{0,3}\(|(?:\d{1,9}|[\"']\w{0,20}[\"']?)\s{0,3}={2,3}\s{0,3})|"
     r"\|\|\s{0,3}(?:\d{1,9}\s{0,3}={2,3}\s{0,3}\d|['\"][^'\"]{0,20}['\"]\s{0,3}={2,3})|"
@@ -38,7 +38,7 @@ _SCRIPT = re.compile(
     r"\bdb\.(?:getcollectionnames|dropdatabase|version|injection)\b"
 )
 _SCRIPT_WORDS = ("return", "this.", "db.", "==", "var ", "while", "function", "sleep")
-_PROTOTYPE = re.compile(
+_PROTOTYPE = Pattern(
     r"__proto__\s{0,4}(?:['\"]?\s{0,4}(?:\]?\s{0,3}[\[.:=]|\]))|constructor\s{0,3}(?:\.|"
     r"\[\s{0,3}['\"]?|\]\[)\s{0,3}prototype|\[\s{0,3}['\"]?(?:__proto__|prototype)['\"]?\s{0,3}\]"
 )

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 
 from fastapi_hardening.core.private_address import is_private_host
 from fastapi_hardening.security.input_validation.decoding import decode
+from fastapi_hardening.security.input_validation.pattern import Pattern
 
 # Letters, digits, blanks and the punctuation that no grammar begins with.
 _PLAIN = bytes(range(0x30, 0x3A)) + bytes(range(0x41, 0x5B)) + bytes(range(0x61, 0x7B)) + b" _-.,!?\t"
@@ -33,6 +34,12 @@ _COMMON = re.compile(
     r"[A-Za-z0-9+/]{1,400})={0,2}",
     re.IGNORECASE,
 )
+# An apostrophe in a contraction or a name, which no query goes on from.
+_APOSTROPHES = re.compile(
+    r"(?<=[A-Za-z])'(?!And|Xor|Or|Union|Select|Like|Rlike|Regexp|Between|Having|Order|Group|Limit|Procedure|Into|Where|From|"
+    r"Exec|Drop|Insert|Delete|Update|Waitfor|Not|Div|Mod|Case|Collate|Sounds|Intersect|Except)"
+    r"(?:(?:s|t|re|ve|ll|d|m|em|clock)(?![\w'])|[A-Z][a-z]{2,30}(?![\w']))"
+)
 # A web address that is nothing else: its host is looked at, and where it goes up.
 _ADDRESS = re.compile(r"https?://([a-z][a-z0-9.-]{2,80})(?=[/:]|$)", re.IGNORECASE)
 _LONG, _LONG_ENOUGH, _MANY_WORDS = 120, 4000, 15
@@ -43,6 +50,8 @@ def is_plain(text: str) -> bool:
     """Whether nothing in a text can be an attack of any class, as one look tells."""
     signs = text.encode("utf-8", "surrogatepass").translate(None, _PLAIN)
     if signs:
+        if not signs.strip(b"'"):
+            return ".." not in text and _WORDS.match(text) is None and len(_APOSTROPHES.findall(text)) == len(signs)
         return ".." not in text and (_is_common(text) or (not signs.translate(None, _IN_ADDRESS) and _is_address(text)))
     return ".." not in text and (" " not in text or _WORDS.match(text) is None)
 
@@ -126,7 +135,7 @@ class Reading:
         self.steps += len(lower)
         return any(word in lower for word in words)
 
-    def search(self, pattern: re.Pattern[str], text: str | None = None) -> re.Match[str] | None:
+    def search(self, pattern: Pattern, text: str | None = None) -> re.Match[str] | None:
         """Searches the text in lower case, or another one, with a pattern that looks ahead only so far."""
         text = self.lower if text is None else text
         self.steps += len(text)

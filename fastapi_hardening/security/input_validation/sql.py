@@ -19,11 +19,12 @@ The letters:
 import re
 from collections.abc import Iterator
 
+from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading, words
 
 CLASS = "sql"
 
-_TOKEN = re.compile(
+_TOKEN = Pattern(
     r"""
       (?P<space> \s++ | /\*!\d{0,6} | \*/ )
     | (?P<inline> /\*.*?(?:\*/|\Z) )
@@ -106,16 +107,16 @@ _TELLING = _DANGEROUS | frozenset(
      "count", "iif", "isnull", "char", "chr", "if", "database", "current_setting", "host_name", "db_name"),
 )  # fmt: skip
 _LONGEST_NAME = 32
-_LAST_WORD = re.compile(r"\w{1,32}$")
+_LAST_WORD = Pattern(r"\w{1,32}$")
 
 # A number that runs into a keyword, which several databases read as two tokens.
-_GLUED = re.compile(
+_GLUED = Pattern(
     r"(0x[0-9a-f]{1,64}?|\d{1,32}(?:e\d{1,3})?)(or|and|union|xor|order|group|having|like|in|is|limit)", re.IGNORECASE
 )
-_NUMBER = re.compile(r"\d++(?:e\d++)?|0x[0-9a-f]++|0b[01]++", re.IGNORECASE)
+_NUMBER = Pattern(r"\d++(?:e\d++)?|0x[0-9a-f]++|0b[01]++", re.IGNORECASE)
 
 # What may follow the quote that ends a literal, so that the rest is SQL.
-_BREAK_OUT = re.compile(
+_BREAK_OUT = Pattern(
     r"(?:\s{0,32}(?:[);]|/\*[^*]{0,64}\*/)){0,16}\s{0,32}"
     r"(?:(?:or|and|xor|union|select|order|group|having|limit|like|rlike|regexp|ilike|between|in|is|not|div|"
     r"mod|procedure|into|"
@@ -127,7 +128,7 @@ _BREAK_OUT = re.compile(
 )
 # A first look at a text as it stands: does it open like the rest of a condition, or have a clause? All that the
 # grammars can find passes it, but for what has comments or lines between its words; most prose does not.
-_OPENING = re.compile(
+_OPENING = Pattern(
     r"[-+(\s]{0,9}(?:[\w.,@`-]{0,40}|\w{1,30}(?:['\"]\w{0,20}['\"])?)[)\s'\"%]{0,12}(?:or|and|xor|\|\||&&|"
     r"union|order|group|having|where|procedure|limit|rlike|regexp|like|in|between|"
     r"waitfor|as|is|exec|execute|select|print|case|if|[;=<>|&^])(?![a-z])|"
@@ -137,8 +138,8 @@ _OPENING = re.compile(
 _OPENING_LENGTH = 200
 
 # Words that a text in lower case is asked for first, which is quick, and what has to be there besides.
-_CLAUSES: tuple[tuple[str, re.Pattern[str] | None], ...] = tuple(
-    (word, None if pattern is None else re.compile(pattern))
+_CLAUSES: tuple[tuple[str, Pattern | None], ...] = tuple(
+    (word, None if pattern is None else Pattern(pattern))
     for word, pattern in {
         "union": r"union(?:\W|all|$)",
         "select": r"select(?:\W{1,9}(?:all|distinct|top|sql_\w{1,20})\b)?\W{0,12}(?:[(*@\d'\"`]|null|case|"
@@ -174,7 +175,7 @@ _CLAUSES: tuple[tuple[str, re.Pattern[str] | None], ...] = tuple(
         r"prepare|rename|grant|reconfigure|commit|rollback|copy|if|begin|declare)\b",
         "shutdown": None,
         "copy": r"copy\W{1,3}[\w(]{1,40}\W{1,3}(?:from|to)\b",
-        "or": r"(?:or|and)(?:[\s(]{1,9}(?:not\s{1,9})?|(?=['\"]))(?:['\"][^'\"]{0,40}['\"]|"
+        "or": r"(?:^|[\s)'\"\d])(?:or|and)(?:[\s(]{1,9}(?:not\s{1,9})?|(?=['\"]))(?:['\"][^'\"]{0,40}['\"]|"
         r"['\"\w.@-]{1,40})[\s)]{0,9}(?:[-+*/%]\s{0,3}[\w.]{1,20}\s{0,3})?(?:[=<>!^]|like\b|"
         r"in\s{0,3}\()|(?:or|and)[\s(]{1,9}[\w.]{1,30}\(",
     }.items()
@@ -277,12 +278,12 @@ def _letter_of(kind: str | None, found: str) -> str:
 _UP = r"[a(]{0,4}"
 _OPERAND = r"(?:[1stvMu]|n(?:\.n){0,3}|n\.[nM]|M\.[nM]|[fxn]\([^;]{0,60}?\))"
 _LITERAL = r"(?:[1tsvu]|f\([^;]{0,40}?\))"
-_UNION = re.compile(r"U[k(]{0,6}S(?:[k(]{0,6}(?:[1stvu](?!n)|[fxMaKSeT]|n(?:[,(.)coFI;&]|$))|$)")
-_UNION_ALONE = re.compile(r"^[1sn]?[)]{0,9}U[k(]{0,6}S?$")
+_UNION = Pattern(r"U[k(]{0,6}S(?:[k(]{0,6}(?:[1stvu](?!n)|[fxMaKSeT]|n(?:[,(.)coFI;&]|$))|$)")
+_UNION_ALONE = Pattern(r"^[1sn]?[)]{0,9}U[k(]{0,6}S?$")
 
 # After the quote that ended the literal.
-_QUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (name, re.compile(pattern))
+_QUOTED: tuple[tuple[str, Pattern], ...] = tuple(
+    (name, Pattern(pattern))
     for name, pattern in {
         "tautology": rf"^s[)]{{0,9}}&{_UP}(?:1(?:,1){{1,9}}[)]o|"
         rf"{_OPERAND}[)]{{0,9}}(?:a{_OPERAND}){{0,4}}[)]{{0,9}}(?:o|q|l[(]{{0,3}}[1stvuS])|[(]?[eSK]\b|"
@@ -305,8 +306,8 @@ _QUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 )
 
 # As it stands, where a number or nothing is before the clause.
-_UNQUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (name, re.compile(pattern))
+_UNQUOTED: tuple[tuple[str, Pattern], ...] = tuple(
+    (name, Pattern(pattern))
     for name, pattern in {
         "tautology": rf"^a?[1tvM]?[)]{{0,9}}&{_UP}(?:[1tvs]|(?<=1&)n(?:\.n){{0,2}}|(?<=1&)M\.[nM]|"
         rf"(?<=&)f\([^;]{{0,40}}?\)|"
@@ -339,8 +340,8 @@ _UNQUOTED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 _NAME = r"[\w.\[\]`$\"]{1,64}(?: \. [\w\[\]`$\"]{1,64}){0,3}"
 _START = r"(?:^|; |[)'\"] |\d |-- )"
 # ruff: noqa: S608 - patterns that find queries, and no queries
-_STATEMENTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (name, re.compile(pattern))
+_STATEMENTS: tuple[tuple[str, Pattern], ...] = tuple(
+    (name, Pattern(pattern))
     for name, pattern in {
         "drop": rf"(?:; |^)(?:drop|truncate|alter|create) (?:table|database|schema|view|user|login|index|"
         rf"function|procedure|trigger|role)(?: if exists)? {_NAME}(?:$| [;(-]| set | add | cascade| as )|"
@@ -371,13 +372,13 @@ _STATEMENTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         r"\w{1,40}(?: \. \w{1,40})? \(",
     }.items()
 )
-_SAME = re.compile(
+_SAME = Pattern(
     r"(?:^|[ )'\"])(?:or|and|xor|\|\||&&) (?:\( ){0,4}([a-z_]{1,32}) = (?:\( ){0,2}\1(?: "
     r"\)){0,4}(?:$| --| ;| (?:or|and) )"
 )
-_SPLIT_WORD = re.compile(r"\b(?:un?i?o?/\*\*/i?o?n?\b|se?l?e?/\*\*/l?e?ct)", re.IGNORECASE)
-_NOTHING = re.compile(r"\s{0,9}'\s{0,3}[-^*=<>&|+/%]{1,3}\s{0,3}'\s{0,9}")
-_PROSE_BEFORE = re.compile(r"[a-z]{1,40},?\s{1,9}[a-z]|\d\s{0,3}$")
+_SPLIT_WORD = Pattern(r"\b(?:un?i?o?/\*\*/i?o?n?\b|se?l?e?/\*\*/l?e?ct)", re.IGNORECASE)
+_NOTHING = Pattern(r"\s{0,9}'\s{0,3}[-^*=<>&|+/%]{1,3}\s{0,3}'\s{0,9}")
+_PROSE_BEFORE = Pattern(r"[a-z]{1,40},?\s{1,9}[a-z]|\d\s{0,3}$")
 
 CERTAIN = 5
 SUSPICIOUS = 3

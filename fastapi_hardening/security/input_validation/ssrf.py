@@ -7,22 +7,22 @@ It is *not* the control: where an application calls what a client names, it take
 that it really connects to.
 """
 
-import re
 from collections.abc import Iterator
 
 from fastapi_hardening.core.private_address import is_private_host
+from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading
 
 CLASS = "ssrf"
 CERTAIN = 5
 
-_URL = re.compile(
+_URL = Pattern(
     r"\s{0,8}(?:url=)?(https?|ftps?|wss?|gopher|dict|ldaps?|tftp|sftp|rmi|nfs|smb|imap|pop3|"
     r"telnet|redis):[/\\]{1,4}([^\s/\\?#]{1,300})"
 )
 _WEB = frozenset(("http", "https", "ws", "wss", "ftp", "ftps", "sftp"))
 _PROTOCOL_SMUGGLING = frozenset(("gopher", "dict", "tftp"))
-_PORT = re.compile(r":\d{0,5}$")
+_PORT = Pattern(r":\d{0,5}$")
 
 
 def find(reading: Reading) -> Iterator[tuple[str, int]]:

@@ -4,24 +4,24 @@ It takes the delimiters of an engine and within them an expression that only a p
 numbers, a way into the objects of the language, a call. ``{{ name }}`` and ``${name}`` are texts that somebody writes.
 """
 
-import re
 from collections.abc import Iterator
 
+from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading
 
 CLASS = "template"
 CERTAIN = 5
 SUSPICIOUS = 3
 
-_EXPRESSION = re.compile(
+_EXPRESSION = Pattern(
     r"(?:\{\{|\{%|\$\{|#\{|<%[=-]?|\*\{|@\{|~\{|\[\[|@\(|\$\(\(|#set\s?\(|<#|\{php\}|"
     r"\{\$)([^\n]{0,300})"
 )
-_ARITHMETIC = re.compile(
+_ARITHMETIC = Pattern(
     r"[\s('\"=]{0,8}\d{1,9}['\"]?\s{0,4}[*+%/-]{1,2}\s{0,4}['\"]?\d{1,9}['\"]?[\s)]{0,8"
     r"}(?:\}|%|\]|\)|$)|[\s('\"]{0,8}['\"]\d{1,9}['\"]\s{0,3}\*|[\s('\"]{0,8}\d{1,9}\s{0,3}\*\s{0,3}['\"]"
 )
-_INSIDE = re.compile(
+_INSIDE = Pattern(
     r"__\w{3,20}__|\bconfig(?:\.items|\s{0,3}[}|\[])|\b(?:lipsum|cycler|joiner|self|namespace|request|"
     r"url_for|get_flashed_messages|dump|app|settings)"
     r"(?:\.|\[|\s{0,3}\|)\s{0,3}['\"]?(?:_|application|environ|request\.server|secret|settings|mro|class|"
@@ -38,13 +38,13 @@ _INSIDE = re.compile(
     r"_memberaccess|request|session|cmd|rt)\b|system\.(?:getenv|getproperty|io|diagnostics)|"
     r"class\.forname"
 )
-_OBJECTS = re.compile(
+_OBJECTS = Pattern(
     r"__(?:class|mro|subclasses|globals|builtins|base|bases|init)__[\w.()\[\]'\",+|"
     r"-]{1,80}__\w{3,20}__|__(?:subclasses|import|globals|builtins)__\s?[(\[]|_memberaccess|ognlcontext|"
     r"@java\.lang\.|new\s{1,3}java\.lang\.process"
 )
-_INCLUDE = re.compile(r"<!--\s{0,3}#\s{0,3}(?:exec|include|echo|config|printenv|set|fsize|flastmod|if|elif)\b")
-_CALL = re.compile(r"[\s=]{0,4}['\"\[(]?[\w.'\"\[\]]{1,60}\([^)]{0,80}\)")
+_INCLUDE = Pattern(r"<!--\s{0,3}#\s{0,3}(?:exec|include|echo|config|printenv|set|fsize|flastmod|if|elif)\b")
+_CALL = Pattern(r"[\s=]{0,4}['\"\[(]?[\w.'\"\[\]]{1,60}\([^)]{0,80}\)")
 
 
 def find(reading: Reading) -> Iterator[tuple[str, int]]:

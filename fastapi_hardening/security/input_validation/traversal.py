@@ -5,25 +5,25 @@ attack when it leaves the folder that it starts in. ``docs/../images/a.png`` doe
 names a file that holds secrets, and only as the whole value: a sentence may speak of ``/etc/passwd``.
 """
 
-import re
 from collections.abc import Iterator
 
+from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading
 
 CLASS = "traversal"
 CERTAIN = 5
 SUSPICIOUS = 3
 
-_SEPARATORS = re.compile("[/\\\\\ue000-\uf8ff\ufffd]+")
-_PATH = re.compile(r"[^\s\"'<>|(){},;=&?]*(?:\.\.|\.[/\\]{1,3}\.)[^\s\"'<>|(){},=&?]*")
+_SEPARATORS = Pattern("[/\\\\\ue000-\uf8ff\ufffd]+")
+_PATH = Pattern(r"[^\s\"'<>|(){},;=&?]*(?:\.\.|\.[/\\]{1,3}\.)[^\s\"'<>|(){},=&?]*")
 _SPELT = (("0x2e", "."), ("0x2f", "/"), ("0x5c", "\\"), ("%2e", "."), ("%2f", "/"), ("%5c", "\\"), ("%25", "%"))
 # The percent sign was taken away, or stands for itself.
-_DOTS_AND_HEX = re.compile(
+_DOTS_AND_HEX = Pattern(
     r"(?<=\.\.)%{0,9}(?:25){0,9}(?:2f|5c|c0%?af|c1%?9c|u2215|u2216)|"
     r"(?<=\.\.)[\x00;%\uf025]{1,3}(?=[/\\]|\.\.)"
 )
 
-_SENSITIVE = re.compile(
+_SENSITIVE = Pattern(
     r"(?:^|[/\\])(?:etc[/\\]{1,4}(?:passwd|shadow|group|hosts|issue|motd|sudoers|fstab|crontab|profile|ssh|"
     r"apache|httpd|nginx|mysql|my\.cnf|"
     r"php|resolv|hostname|gshadow|security|exports|inetd|vsftpd|samba|init|master\.passwd|os-release|"
@@ -35,7 +35,7 @@ _SENSITIVE = re.compile(
     r"\.aws[/\\]|\.git[/\\](?:config|head|index)|web\.config\b|wp-config\.php|\.bash_history|"
     r"authorized_keys|var[/\\]{1,4}log[/\\])"
 )
-_ABSOLUTE = re.compile(
+_ABSOLUTE = Pattern(
     r"(?:[/\\]{1,4}(?:private[/\\])?(?:etc|proc|root|boot|var[/\\]{1,3}(?:log|logs|adm|spool|run|mail|lib|"
     r"lp|backups?|apache2?|nm2|cpanel|saf)|"
     r"usr[/\\]{1,3}(?:local[/\\]{1,3})?(?:etc|lib|zend|apache\d?|php\d?|cpanel|httpd|mysql|nginx|pgsql|psa|"
@@ -54,7 +54,7 @@ _ABSOLUTE = re.compile(
     r"\.htaccess|\.ssh[/\\]|\.git[/\\]|\.env$|\.bash_history|\.xauthority))"
     r"[^\s\"'<>|(){}]{0,400}(?:[a-z ]{0,30}[/\\.][^\s]{0,200})?$"
 )
-_SCHEME = re.compile(
+_SCHEME = Pattern(
     r"(?:^|[=\"'\s(])(?:file:/{0,4}[/\\.a-z]|php://(?:filter|input|stdin|fd|memory|temp|"
     r"output)|expect://|phar://|zip://|glob://|compress\.\w{2,6}://|zlib://|ogg://|rar://|ssh2\.\w{2,6}://|"
     r"netdoc:/|jar:(?:file|https?):)"
@@ -75,9 +75,9 @@ _SCHEMES = (
     "jar:",
 )
 # "../" and "/etc/" as base64.
-_BASE64 = re.compile(r"(?:Li4v){2}|L2V0Yy9")
-_LOST_SEPARATORS = re.compile(r"\.{4,60}(?:etc|boot\.ini|win\.ini|windows|winnt|inetpub|proc)\b")
-_DOT_SEGMENTS = re.compile(r"(?:[/\\]\.(?=[/\\])){2,64}")
+_BASE64 = Pattern(r"(?:Li4v){2}|L2V0Yy9")
+_LOST_SEPARATORS = Pattern(r"\.{4,60}(?:etc|boot\.ini|win\.ini|windows|winnt|inetpub|proc)\b")
+_DOT_SEGMENTS = Pattern(r"(?:[/\\]\.(?=[/\\])){2,64}")
 
 
 def find(reading: Reading) -> Iterator[tuple[str, int]]:

@@ -4,19 +4,19 @@ A declaration of an entity is enough, for a document that only holds data has no
 page of HTML is none.
 """
 
-import re
 from collections.abc import Iterator
 
+from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading
 
 CLASS = "xml"
 CERTAIN = 5
 
-_ENTITY = re.compile(
+_ENTITY = Pattern(
     r"<!entity\s|<!doctype\s[^>\[]{0,200}\[|<!doctype\s{1,9}\S{1,60}\s{1,9}(?:system\b|"
     r"public\s{1,9}[\"'](?!-//w3c|-//ietf))|<!(?:element|attlist|notation)\s"
 )
-_INCLUDE = re.compile(
+_INCLUDE = Pattern(
     r"<xi:include\b|http://www\.w3\.org/2001/xinclude|<xsl:(?:stylesheet|value-of|include|"
     r"import|copy-of|variable|template)\b|<\?xml-stylesheet\b|xsi:schemalocation\s{0,3}=|"
     r"<!\[cdata\[\s{0,3}[<'\"]"

@@ -2,12 +2,14 @@
 
 import re
 import string
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastapi_hardening.security.input_validation import CLASSES, Inspector, inspector
+from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading, is_plain, is_plain_json
 
 INSPECTOR = Inspector()
@@ -391,6 +393,15 @@ def test_quick_look_at_json_never_fails(data: bytes) -> None:
     assert not is_plain_json(data + b"'")
 
 
+def test_pattern_is_compiled_when_it_is_used() -> None:
+    """A pattern has the methods of a compiled one, and no others."""
+    pattern = Pattern("a(b)", re.IGNORECASE)
+    assert pattern.sub("", "xABx") == "xx"
+    assert [match[1] for match in pattern.finditer("abAB")] == ["b", "B"]
+    with pytest.raises(AttributeError):
+        _ = pattern.groups
+
+
 # --- work -------------------------------------------------------------------------------------------------------------
 
 MOST_STEPS_A_CHARACTER = 400
@@ -419,7 +430,7 @@ def test_work_grows_with_the_length_and_not_faster(piece: str) -> None:
     assert steps[1] <= 12 * steps[0]
 
 
-def patterns() -> list[tuple[str, re.Pattern[str]]]:
+def patterns() -> list[tuple[str, Pattern | re.Pattern[str]]]:
     """Every pattern of every grammar."""
     found = []
     for name in (
@@ -440,7 +451,7 @@ def patterns() -> list[tuple[str, re.Pattern[str]]]:
         for attribute, value in vars(module).items():
             values = value if isinstance(value, tuple) else (value,)
             named = [each[1] if isinstance(each, tuple) and len(each) > 1 else each for each in values]
-            found += [(f"{name}.{attribute}", each) for each in named if isinstance(each, re.Pattern)]
+            found += [(f"{name}.{attribute}", each) for each in named if isinstance(each, (Pattern, re.Pattern))]
     return found
 
 
@@ -477,8 +488,8 @@ ONE_WAY = {
 
 
 @pytest.mark.parametrize(("name", "pattern"), patterns(), ids=lambda value: value if isinstance(value, str) else "")
-def test_no_pattern_can_go_back_without_end(name: str, pattern: re.Pattern[str]) -> None:
+def test_no_pattern_can_go_back_without_end(name: str, pattern: Any) -> None:
     """No pattern has a repeat without an end that could be tried again (the ReDoS of fastapi-guard's advisory)."""
     parser = re._parser  # type: ignore[attr-defined]
     if name not in ONE_WAY:
-        assert endless_repeats(parser.parse(pattern.pattern, pattern.flags)) == []
+        assert endless_repeats(parser.parse(getattr(pattern, "source", None) or pattern.pattern, pattern.flags)) == []
