@@ -181,7 +181,10 @@ def guards() -> Detect | None:
         module = importlib.import_module("guard_core.handlers.suspatterns_handler")
     except ImportError:
         return None
-    manager = module.sus_patterns_handler
+    settings = importlib.import_module("guard_core.models").SecurityConfig()
+    # One for the process, made at the import without settings.
+    module.SusPatternsManager._instance = None  # noqa: SLF001
+    manager = module.SusPatternsManager(settings)
     loop = asyncio.new_event_loop()
 
     def detect(text: str) -> bool:
@@ -278,7 +281,7 @@ def report(corpus: Path, *, peers: bool) -> Iterator[str]:
         cells = []
         for name, detect in detectors.items():
             # The peer takes 50 ms and more for a text.
-            some = texts if name == "ours" else texts[:: max(1, len(texts) // 60)]
+            some = texts if name == "ours" else texts[:: max(1, len(texts) // 30)]
             cells.append(str(score(detect, some, clean=kind == CLEAN)))
         yield f"| {source} | {kind} | {part} | {len(texts)} | {' | '.join(cells)} |"
     yield ""
@@ -302,8 +305,8 @@ def report(corpus: Path, *, peers: bool) -> Iterator[str]:
 
 
 def _summary(every: list[Case], detect: Detect) -> Iterator[str]:
-    """What was held out, all lists together."""
-    held = [case for case in every if case.part != "seen"]
+    """What was held out, all lists together, but for the tests of single rules of a rule set."""
+    held = [case for case in every if case.part != "seen" and case.source != "crs-regression"]
     found = {
         kind: score(detect, [case.text for case in held if case.kind == kind], clean=False)
         for kind in FOUR
@@ -314,7 +317,7 @@ def _summary(every: list[Case], detect: Detect) -> Iterator[str]:
     hooks = [json.loads(case.text) for case in every if case.kind == "webhook"]
     passed = sum(not any(map(detect, leaves(hook))) for hook in hooks)
     macro = sum(each.rate for each in found.values()) / max(1, len(found))
-    yield "| held out, all lists together | |"
+    yield "| held out, all lists but crs-regression | |"
     yield "|---|---|"
     for kind, each in found.items():
         yield f"| {kind} found, of {each.total} | {each} |"

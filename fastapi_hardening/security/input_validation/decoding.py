@@ -19,12 +19,14 @@ import unicodedata
 from html.entities import html5
 from typing import NamedTuple
 
+from fastapi_hardening.security.input_validation.pattern import Pattern
+
 MOST_ROUNDS = 4
 
-_PERCENT = re.compile(r"(?:%[0-9A-Fa-f]{2})++")
-_MICROSOFT = re.compile(r"%[uU]([0-9A-Fa-f]{4})")
-_ENTITY = re.compile(r"&(?:#[xX]0*+([0-9A-Fa-f]{1,6})|#0*+([0-9]{1,7})|([A-Za-z][A-Za-z0-9]{1,31}));?")
-_ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|u\{0*+([0-9A-Fa-f]{1,6})\}|x([0-9A-Fa-f]{2})|0(?![0-9x]))")
+_PERCENT = Pattern(r"(?:%[0-9A-Fa-f]{2})++")
+_MICROSOFT = Pattern(r"%[uU]([0-9A-Fa-f]{4})")
+_ENTITY = Pattern(r"&(?:#[xX]0*+([0-9A-Fa-f]{1,6})|#0*+([0-9]{1,7})|([A-Za-z][A-Za-z0-9]{1,31}));?")
+_ESCAPE = Pattern(r"\\(?:u([0-9A-Fa-f]{4})|u\{0*+([0-9A-Fa-f]{1,6})\}|x([0-9A-Fa-f]{2})|0(?![0-9x]))")
 
 _OLDEST = ("lt", "gt", "quot", "amp", "LT", "GT", "QUOT", "AMP")
 _HIGHEST = 0x10FFFF
@@ -48,7 +50,7 @@ _ALIKE = str.maketrans(
     "\u2018\u2019\u201a\u201b\u02b9\u02bc\u2032\u2035\u201c\u201d\u201e\u201f\u2033\u2044\u2215\u2571\u2216",
     "'" * 8 + '"' * 5 + "///" + "\\",
 )
-_HIDDEN = re.compile("[\\x00-\\x08\\x0e-\\x1f\\x7f]")
+_HIDDEN = Pattern("[\\x00-\\x08\\x0e-\\x1f\\x7f]")
 
 
 class Decoded(NamedTuple):

@@ -11,60 +11,49 @@ Example:
     ()
 """
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
-from fastapi_hardening.security.input_validation import (
-    command,
-    crlf,
-    html,
-    jndi,
-    ldap,
-    nosql,
-    sql,
-    ssrf,
-    template,
-    traversal,
-    xml,
-)
 from fastapi_hardening.security.input_validation.reading import Reading, is_plain
 
 ENCODING = "encoding"
 
-_Find = Callable[[Reading], Iterator[tuple[str, int]]]
+_EVERY_SIGN = bytes(range(256))
 
-_GRAMMARS: dict[str, _Find] = {
-    sql.CLASS: sql.find,
-    html.CLASS: html.find,
-    traversal.CLASS: traversal.find,
-    command.CLASS: command.find,
-    template.CLASS: template.find,
-    ldap.CLASS: ldap.find,
-    nosql.CLASS: nosql.find,
-    nosql.PROTOTYPE: nosql.find_prototype,
-    xml.CLASS: xml.find,
-    crlf.CLASS: crlf.find,
-    jndi.CLASS: jndi.find,
-    ssrf.CLASS: ssrf.find,
-}
-
-# Without any of these signs a grammar finds nothing; a text without any signs at all is shown to all of them.
-_SIGNS: dict[str, bytes] = {
-    html.CLASS: b"<>(`=:[+$",
-    traversal.CLASS: b"/\\:%\xef\xee\xe2" + b"=",
-    command.CLASS: b";|&\n\r$`<>(\\/?[{'\"+%:",
-    template.CLASS: b"{<@[#$(_",
-    ldap.CLASS: b"*|&()@/",
-    nosql.CLASS: b"$'\"|=(;:",
-    nosql.PROTOTYPE: b"[.:='\"(",
-    xml.CLASS: b"<:",
-    crlf.CLASS: b"\r\n\\:\xe5",
-    jndi.CLASS: b"$:",
-    ssrf.CLASS: b":",
+# Of each class the module, the function, and the signs without any of which it finds nothing. A text without any signs
+# at all is shown to all of them.
+_GRAMMARS: dict[str, tuple[str, str, bytes]] = {
+    "sql": ("sql", "find", _EVERY_SIGN),
+    "xss": ("html", "find", b"<>(`=:[+$"),
+    "traversal": ("traversal", "find", b"/\\:%\xef\xee\xe2="),
+    "command": ("command", "find", b";|&\n\r$`<>(\\/?[{'\"+%:"),
+    "template": ("template", "find", b"{<@[#$(_"),
+    "ldap": ("ldap", "find", b"*|&()@/"),
+    "nosql": ("nosql", "find", b"$'\"|=(;:"),
+    "prototype": ("nosql", "find_prototype", b"[.:='\"("),
+    "xml": ("xml", "find", b"<:"),
+    "crlf": ("crlf", "find", b"\r\n\\:\xe5"),
+    "jndi": ("jndi", "find", b"$:"),
+    "ssrf": ("ssrf", "find", b":"),
 }
 
 CLASSES: tuple[str, ...] = (*_GRAMMARS, ENCODING)
 """Every class of attack that is known."""
+
+_Find = Callable[[Reading], Iterator[tuple[str, int]]]
+
+
+@lru_cache(maxsize=1)
+def _grammars() -> tuple[tuple[str, _Find, frozenset[int]], ...]:
+    """The grammars; imported at the first look, because many processes never look."""
+    package = __name__.rpartition(".")[0]
+    return tuple(
+        (kind, getattr(importlib.import_module(f"{package}.{module}"), function), frozenset(signs))
+        for kind, (module, function, signs) in _GRAMMARS.items()
+    )
+
 
 DEFAULT_THRESHOLD = 5
 
@@ -99,11 +88,6 @@ class Inspector:
 
     def __init__(self, classes: Iterable[str] = CLASSES, *, threshold: int = DEFAULT_THRESHOLD) -> None:
         wanted = frozenset(classes)
-        self._grammars = [
-            (name, find, frozenset(_SIGNS.get(name, bytes(range(256)))))
-            for name, find in _GRAMMARS.items()
-            if name in wanted
-        ]
         self._budget = ENCODING in wanted
         self.classes = wanted
         self.threshold = threshold
@@ -126,7 +110,9 @@ class Inspector:
     def _closely(self, reading: Reading) -> tuple[Hit, ...]:
         found: list[Hit] = []
         signs = frozenset(reading.signs)
-        for name, find, needed in self._grammars:
+        for name, find, needed in _grammars():
+            if name not in self.classes:
+                continue
             if signs and signs.isdisjoint(needed):
                 continue
             hits: dict[str, int] = {}

@@ -20,30 +20,30 @@ _PLAIN = bytes(range(0x30, 0x3A)) + bytes(range(0x41, 0x5B)) + bytes(range(0x61,
 _IN_ADDRESS = b":/{}"
 
 # Words alone can be an attack on a number that is put into a query unquoted, or a command with its arguments.
-_WORDS = re.compile(
+_WORDS_SOURCE = (
     r"\s{0,9}(?:[-.\d]{1,40}(?:e\d{1,3})?\s{0,9}(?:or|and|xor|union|order|group|having|waitfor|limit|exec|execute|select|"
     r"insert|drop|delete|update|rlike|like|between|"
     r"in|where|procedure|as|is|not)|union|select|exec|order\s{1,9}by|having|etc|or|and|drop|truncate|"
     r"waitfor|procedure|shutdown|ping|which|create|grant|"
-    r"insert|delete|update|alter|print|declare|where)\s",
-    re.IGNORECASE,
+    r"insert|delete|update|alter|print|declare|where)\s"
 )
-_COMMON = re.compile(
+_WORDS = Pattern(_WORDS_SOURCE, re.IGNORECASE)
+_COMMON = Pattern(
     r"\d{1,4}[-:.]\d\d[-:.T ][\d:.T+ -]{1,30}Z?|[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}"
     r"|(?!0x|etc/|proc/|boot|web-inf|meta-inf|Li4v|L2V0)[\w-](?:[\w.+-]{1,200}/?[\w.+-]{0,200}|"
     r"[A-Za-z0-9+/]{1,400})={0,2}",
     re.IGNORECASE,
 )
 # An apostrophe in a contraction or a name, which no query goes on from.
-_APOSTROPHES = re.compile(
+_APOSTROPHES = Pattern(
     r"(?<=[A-Za-z])'(?!And|Xor|Or|Union|Select|Like|Rlike|Regexp|Between|Having|Order|Group|Limit|Procedure|Into|Where|From|"
     r"Exec|Drop|Insert|Delete|Update|Waitfor|Not|Div|Mod|Case|Collate|Sounds|Intersect|Except)"
     r"(?:(?:s|t|re|ve|ll|d|m|em|clock)(?![\w'])|[A-Z][a-z]{2,30}(?![\w']))"
 )
 # A web address that is nothing else: its host is looked at, and where it goes up.
-_ADDRESS = re.compile(r"https?://([a-z][a-z0-9.-]{2,80})(?=[/:]|$)", re.IGNORECASE)
+_ADDRESS = Pattern(r"https?://([a-z][a-z0-9.-]{2,80})(?=[/:]|$)", re.IGNORECASE)
 _LONG, _LONG_ENOUGH, _MANY_WORDS = 120, 4000, 15
-_WORD = re.compile(r"(?<![^\s(])[A-Za-z\u00c0-\u024f]{2,20}[,.]?\s")
+_WORD = Pattern(r"(?<![^\s(])[A-Za-z\u00c0-\u024f]{2,20}[,.]?\s")
 
 
 def is_plain(text: str) -> bool:
@@ -57,7 +57,7 @@ def is_plain(text: str) -> bool:
 
 
 _JSON_MARKS = b'{}[]":,\r\n'
-_BEGINS_IN_JSON = re.compile(rb'"' + _WORDS.pattern.encode(), re.IGNORECASE)
+_BEGINS_IN_JSON = Pattern(rb'"' + _WORDS_SOURCE.encode(), re.IGNORECASE)
 
 
 def is_plain_json(data: bytes) -> bool:

@@ -276,9 +276,10 @@ def _letter_of(kind: str | None, found: str) -> str:
 # --- clauses ----------------------------------------------------------------------------------------------------------
 
 _UP = r"[a(]{0,4}"
-_OPERAND = r"(?:[1stvMu]|n(?:\.n){0,3}|n\.[nM]|M\.[nM]|[fxn]\([^;]{0,60}?\))"
+_OPERAND = r"(?:[1stvMuT]|n(?:\.n){0,3}|n\.[nM]|M\.[nM]|[fxn]\([^;]{0,60}?\))"
 _LITERAL = r"(?:[1tsvu]|f\([^;]{0,40}?\))"
 _UNION = Pattern(r"U[k(]{0,6}S(?:[k(]{0,6}(?:[1stvu](?!n)|[fxMaKSeT]|n(?:[,(.)coFI;&]|$))|$)")
+_LONG_COMMENT = Pattern(r"^s[)]{0,9};?z")
 _UNION_ALONE = Pattern(r"^[1sn]?[)]{0,9}U[k(]{0,6}S?$")
 
 # After the quote that ended the literal.
@@ -301,6 +302,7 @@ _QUOTED: tuple[tuple[str, Pattern], ...] = tuple(
         "comparison": r"^s(?:o|l|ao)(?:[(]{0,3}(?:[su]|1|t)(?:[cz;&)]|$)|[(]{1,3}S|[xf][(])",
         "values": r"^s[)]{0,3}(?:,[(]{0,3}(?:[Sxf][(]|S|t,t)|(?:,t){1,12}[)])",
         "concatenation": r"^s(?:&|a)(?:u$|sa|[(]{0,3}[xfS])",
+        "call": r"^s[a&][a&]?(?:n\.){0,3}n[(]",
         "declaration": r"^s[)]{0,9};?E[v]",
     }.items()
 )
@@ -309,7 +311,7 @@ _QUOTED: tuple[tuple[str, Pattern], ...] = tuple(
 _UNQUOTED: tuple[tuple[str, Pattern], ...] = tuple(
     (name, Pattern(pattern))
     for name, pattern in {
-        "tautology": rf"^a?[1tvM]?[)]{{0,9}}&{_UP}(?:[1tvs]|(?<=1&)n(?:\.n){{0,2}}|(?<=1&)M\.[nM]|"
+        "tautology": rf"^;?a?[1tvM]?[)]{{0,9}}&{_UP}(?:[1tvs]|(?<=1&)n(?:\.n){{0,2}}|(?<=1&)M\.[nM]|"
         rf"(?<=&)f\([^;]{{0,40}}?\)|"
         rf"(?<=\()f\([^;]{{0,40}}?\))[)]{{0,9}}(?:a{_LITERAL}){{0,4}}[)]{{0,9}}(?:o[(]{{0,4}}(?:[1tvsuSfx"
         rf"Ma]|n|$)|l(?:[(]{{1,3}}[1stvuS]|[stvuS]))",
@@ -319,7 +321,7 @@ _UNQUOTED: tuple[tuple[str, Pattern], ...] = tuple(
         "subquery": r"^[(]S1[)]$|[1)&oa,(][(]S[k]{0,2}(?:[1svtfxMaK(]|n[),F.(]|S)",
         "function": r"(?:^|[&oaS(,1kl;)]|^E)[(]{0,3}x[(][(]{0,3}[1sufvSnM]",
         "stacked": r"^a?[1n]?[)]{0,3};{1,2}(?:S[(]?(?:[1svtfxMa]|n[(,.F])|W|E[v])",
-        "clause": r"^[Hh]1o1|^ry1(?:,1){0,20}c|^a?[1)][)]{0,9}(?:(?:&[1t])?ry(?:1(?:[,;cz&]|$)|[fx][(])|"
+        "clause": r"^[Hh]1o1|^hf[(]|^ry1(?:,1){0,20}c|^a?[1)][)]{0,9}(?:(?:&[1t])?ry(?:1(?:[,;cz&]|$)|[fx][(])|"
         r"ry[nf1][^a-z]{0,2}h|h[(1ns]{1,4}o1?|P[n(]|W|Lf|L1,1)",
         "where": rf"^a?1[)]{{0,9}}(?:kn)?H{_UP}{_OPERAND}[)]{{0,4}}[ol]",
         "wait": r"Wn?[suv1]",
@@ -329,7 +331,8 @@ _UNQUOTED: tuple[tuple[str, Pattern], ...] = tuple(
         "values": r"^a?1?[)]{0,3}(?:,t){1,12}[)]",
         "arithmetic": r"^a?1[a&]{1,2}[(]{0,3}(?:x[(]|f[(]|[(]S|S)",
         "variable": r"S[(]{0,3}v(?:$|[,;cz)FU&])",
-        "query": r"(?:^|[;(])[(]{0,3}S(?:k1|k{0,2})(?:[fx]\([^;]{0,60}\)(?:$|[;c)])|a(?:F[nM(`]|,)|"
+        "query": r"^[(]?Sk?[nT];$|S[nT]FM|"
+        r"(?:^|[;(])[(]{0,3}S(?:k1|k{0,2})(?:[fx]\([^;]{0,60}\)(?:$|[;c)])|a(?:F[nM(`]|,)|"
         r"(?:[1stvM]|n\.n|[fx]\([^;]{0,60}?\))(?:,(?:[1stvMna]|n\.n|"
         r"[fx]\([^;]{0,40}?\))){0,20}(?:F[(nM]|F)|n(?:,n){1,20}F[nM(])",
         "conditional": r"^a?[1s]?[)]{0,3}[;&a,]?(?:kf?|f)[(][xSf][^;]{0,40}",
@@ -369,7 +372,7 @@ _STATEMENTS: tuple[tuple[str, Pattern], ...] = tuple(
         "when": r"\bcase (?:when .{1,80} then .{1,60} (?:else|end)|\w{1,20} when \w{1,20} then)",
         "full-text": r"['\"] in (?:boolean|natural language) mode \)",
         "sequence": r"\b(?:utl_http|utl_inaddr|dbms_pipe|dbms_lock|dbms_ldap|dbms_utility|ctxsys) \. "
-        r"\w{1,40}(?: \. \w{1,40})? \(",
+        r"\w{1,40}(?: \. \w{1,40})? (?:\(|$)",
     }.items()
 )
 _SAME = Pattern(
@@ -415,13 +418,15 @@ def _find(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
         yield from _as_it_stands(tokens, reading)
 
 
-def _after_break_out(tokens: _Tokens, before: str, quote: str) -> Iterator[tuple[str, int]]:
+def _after_break_out(  # noqa: C901 - a list of questions
+    tokens: _Tokens, before: str, quote: str
+) -> Iterator[tuple[str, int]]:
     letters = tokens.letters
     prose = _PROSE_BEFORE.search(before[-80:]) is not None
     for name, pattern in _QUOTED:
         if pattern.search(letters) is None:
             continue
-        if name in ("comment", "logic", "comparison", "concatenation", "expression"):
+        if name in ("comment", "logic", "comparison", "concatenation", "expression", "call"):
             # A quote that ends a quotation or means feet and inches is followed by these, too.
             if name in ("expression", "concatenation") and not _says_something(letters, tokens.text):
                 continue
@@ -430,6 +435,8 @@ def _after_break_out(tokens: _Tokens, before: str, quote: str) -> Iterator[tuple
             yield name, CERTAIN
         else:
             yield name, CERTAIN
+    if quote == "'" and not before.strip() and _LONG_COMMENT.search(letters):
+        yield "comment", CERTAIN
     if _UNION.search(letters):
         yield "union-select", CERTAIN
     if _SAME.search(tokens.text):
