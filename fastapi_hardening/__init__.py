@@ -26,6 +26,7 @@ from fastapi_hardening.security.auth.overrides import (
     RequireUser,
 )
 from fastapi_hardening.security.cors import Cors
+from fastapi_hardening.security.input_validation import InputPolicy
 from fastapi_hardening.security.rate_limit import RateLimit
 from fastapi_hardening.security.request_limits import RequestLimits
 from fastapi_hardening.security.security_headers import CspNonce, SecurityHeaders, csp_nonce_context
@@ -41,6 +42,7 @@ __all__ = [
     "CurrentRequest",
     "CurrentUser",
     "Hardening",
+    "InputPolicy",
     "OptionalUser",
     "Principal",
     "Problem",

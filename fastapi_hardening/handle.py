@@ -26,6 +26,7 @@ from fastapi_hardening.security.auth.overrides import is_open
 from fastapi_hardening.security.auth.rbac import PermissionsOf
 from fastapi_hardening.security.bans import BanList
 from fastapi_hardening.security.cors import CorsSettings
+from fastapi_hardening.security.input_validation import ValidationReport
 from fastapi_hardening.settings import Settings
 
 LayerState = Literal["on", "off", "planned"]
@@ -92,6 +93,7 @@ class Hardening:
         service_name: How the service calls itself.
         events: Facts that concerns tell; subscribe to them.
         checks: Health checks; add your own.
+        validation: What the validator found on each route, and whether refusing it would hurt anybody.
         metrics: What is recorded; add your own series and functions.
         bans: Who is banned; add and lift bans here.
         allow: Who is never limited nor banned; ``None`` for nobody.
@@ -109,6 +111,7 @@ class Hardening:
     service_name: str
     events: Events
     checks: Checks
+    validation: ValidationReport
     metrics: Recorder
     bans: BanList
     allow: AllowList | None
@@ -138,6 +141,7 @@ class Hardening:
         self.clock = clock or SystemClock()
         self.events = Events()
         self.checks = Checks()
+        self.validation = ValidationReport()
         self.metrics = Recorder(
             settings.metrics,
             events=self.events,

@@ -43,6 +43,7 @@ from fastapi_hardening.security.auth.overrides import require_permissions
 from fastapi_hardening.security.auth.rbac import PermissionsOf
 from fastapi_hardening.security.cors import CorsMiddleware, CorsPolicy, take_over
 from fastapi_hardening.security.csp_reports import CspReportsMiddleware
+from fastapi_hardening.security.input_validation import InputValidationMiddleware
 from fastapi_hardening.security.rate_limit import RateLimitMiddleware
 from fastapi_hardening.security.request_limits import RequestLimitsMiddleware
 from fastapi_hardening.security.security_headers import (
@@ -105,7 +106,8 @@ INBOUND: tuple[Slot, ...] = (
     Slot("rate limit", "rate_limit", "limits by client and route; by identity, plan and tenant once they are known",
          lambda h, app: RateLimitMiddleware(
              app, h.settings.rate_limit, clock=h.clock, store=h.store, declared=h.declared_limits, banned=_banned(h))),
-    Slot("input validation", "input_validation", "inspects content"),
+    Slot("input validation", "input_validation", "looks for attacks in content, and reports or refuses them",
+         lambda h, app: InputValidationMiddleware(app, h.settings.input_validation, report=h.validation)),
     Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
     Slot("compression", "compression", "compresses answers"),
     Slot("response cache", "response_cache", "answers from memory, after authorisation"),

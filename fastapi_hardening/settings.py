@@ -35,6 +35,7 @@ from fastapi_hardening.security.auth.settings import AuthSettings
 from fastapi_hardening.security.bans import BansSettings
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.security.csp_reports import CspReportsSettings
+from fastapi_hardening.security.input_validation import InputValidationSettings
 from fastapi_hardening.security.rate_limit import RateLimitSettings
 from fastapi_hardening.security.request_limits import RequestLimitsSettings
 from fastapi_hardening.security.security_headers import SecurityHeadersSettings
@@ -59,13 +60,6 @@ class TracingSettings(NotBuiltYet):
 
     engine: Literal["own", "instrumentation", "native"] = "own"
     """What makes the server span."""
-
-
-class InputValidationSettings(NotBuiltYet):
-    """Inspection of content; planned."""
-
-    mode: Literal["off", "report", "enforce"] = "report"
-    """Whether findings are ignored, reported or refused."""
 
 
 Environment = Literal["production", "staging", "development"]
@@ -193,7 +187,7 @@ class Settings(BaseSettings):
     """Rate limits."""
 
     input_validation: InputValidationSettings = InputValidationSettings()
-    """Inspection of content; planned."""
+    """Inspection of content."""
 
     idempotency: NotBuiltYet = NotBuiltYet()
     """Replay of repeated requests; planned."""

@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Path, Response, UploadFile, status
 from sqlalchemy import select
 
-from fastapi_hardening import SecurityHeaders
+from fastapi_hardening import InputPolicy, SecurityHeaders
 from sample_app.database import CurrentSession
 from sample_app.dependencies import RequireAdmin
 from sample_app.models import Picture, Product
@@ -37,7 +37,12 @@ def sniff(data: bytes) -> str | None:
     "/admin/products/{product_id}/picture",
     response_model=ProductOut,
     max_body_size=MAX_BODY_BYTES,
-    dependencies=[RequireAdmin, SecurityHeaders(cache_control="no-store")],
+    # The name of the file is not used, so it may be whatever it is.
+    dependencies=[
+        RequireAdmin,
+        SecurityHeaders(cache_control="no-store"),
+        InputPolicy(allow={"body.file.filename": ["traversal"]}),
+    ],
 )
 async def upload_picture(product_id: ProductId, file: UploadFile, session: CurrentSession) -> Product:
     """Give a product its picture: PNG, JPEG or WebP; 413 if it is too large, 415 if it is not what it claims to be."""

@@ -3,7 +3,7 @@
 import gc
 import logging
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -41,6 +41,11 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+def concern_of(parts: Sequence[str]) -> str:
+    """What a module is called: by its name, or by its package where it is the layer of one."""
+    return OURS + (parts[-2] if parts[-1] == "layer" else parts[-1])
+
+
 class Stack:
     """The frames that are active at one place, the innermost first."""
 
@@ -75,7 +80,9 @@ class Stack:
 
     def _names(self) -> list[str]:
         return [
-            OURS + Path(code.co_filename).stem if code.co_filename.startswith(PACKAGE) else code.co_qualname
+            concern_of(Path(code.co_filename).with_suffix("").parts)
+            if code.co_filename.startswith(PACKAGE)
+            else code.co_qualname
             for code in reversed(self._codes)
         ]
 
@@ -181,7 +188,7 @@ def layers_of(recorder: Recorder) -> list[str]:
     found, layer = [], recorder.app.middleware_stack
     while layer is not None:
         if type(layer).__module__.startswith("fastapi_hardening."):
-            found.append(OURS + type(layer).__module__.rpartition(".")[2])
+            found.append(concern_of(type(layer).__module__.split(".")))
         layer = getattr(layer, "app", None)
     return found
 

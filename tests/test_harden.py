@@ -68,6 +68,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "WebSocketLimitsMiddleware",
         "AuthenticationMiddleware",
         "RateLimitMiddleware",
+        "InputValidationMiddleware",
     ]
     on = [layer.name for layer in handle.pipeline if layer.state == "on"]
     assert on == [
@@ -84,6 +85,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "websocket limits",
         "authentication",
         "rate limit",
+        "input validation",
     ]
 
 

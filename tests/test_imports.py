@@ -19,6 +19,7 @@ PUBLIC = [
     "CurrentRequest",
     "CurrentUser",
     "Hardening",
+    "InputPolicy",
     "OptionalUser",
     "Principal",
     "Problem",

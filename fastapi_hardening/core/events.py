@@ -55,6 +55,29 @@ class RequestRefused:
     key: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class AttackFound:
+    """A request has in it what looks like an attack; told once for each class of attack and place in the request.
+
+    Attributes:
+        finding: The stable name, such as ``sql.quoted-tautology``.
+        kind: The class of attack, such as ``sql``.
+        pointer: Where it is, as a JSON pointer (RFC 6901) such as ``/body/comment``; never what it is.
+        refused: Whether the request was refused for it.
+        template: The path template of the route, or ``None`` where no route matches.
+        request_id: The id that the client got.
+        client: The client's address, as far as it is believed.
+    """
+
+    finding: str
+    kind: str
+    pointer: str
+    refused: bool
+    template: str | None
+    request_id: str
+    client: str
+
+
 class Events:
     """The event bus of one hardened application; reachable as ``handle.events``."""
 

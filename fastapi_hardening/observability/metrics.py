@@ -54,7 +54,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings
-from fastapi_hardening.core.events import Events, RequestRefused
+from fastapi_hardening.core.events import AttackFound, Events, RequestRefused
 from fastapi_hardening.core.headers import RawHeaders, get_all
 from fastapi_hardening.core.policy import Guard, allow_private_peers, require_token
 from fastapi_hardening.core.problem import Problem, refuse
@@ -242,6 +242,10 @@ class Recorder:
             Counter("hardening_refusals", "Requests that a layer refused.", ("layer", "problem"), registry=registry)
         )
         facts = BoundedCounter(Counter("hardening_events", "Facts that concerns told.", ("event",), registry=registry))
+        attacks = BoundedCounter(
+            Counter("hardening_attacks", "Attacks found, by class.", ("kind", "refused"), registry=registry)
+        )
+        events.subscribe(AttackFound, lambda found: attacks.count(found.kind, str(found.refused).lower()))
         events.subscribe(RequestRefused, lambda refusal: refusals.count(refusal.layer, refusal.problem))
         events.subscribe(object, lambda event: facts.count(type(event).__name__))
 

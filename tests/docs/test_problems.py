@@ -121,6 +121,12 @@ def closed(token: str | None, **headers: str) -> httpx2.Response:
     return TestClient(app).post("/orders", headers={**authorization, **headers})
 
 
+def an_attack(_client: TestClient) -> httpx2.Response:
+    app = FastAPI()
+    harden(app, Settings(_env_file=None, input_validation={"mode": "enforce"}))
+    return TestClient(app).get("/", params={"q": "1' or '1'='1"})
+
+
 CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "about-blank": lambda client: client.get("/no-such-page"),
     "validation-failed": lambda client: client.post("/orders", json={"lines": [{"quantity": 0}]}),
@@ -133,6 +139,7 @@ CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "authentication-unavailable": lambda _: closed("down"),
     "quota-exceeded": too_many,
     "abnormal-usage-detected": a_flood,
+    "content-refused": an_attack,
 }
 
 

@@ -397,3 +397,25 @@ async def test_browsers_report_what_the_policy_of_the_page_blocks(client: httpx2
     answer = await client.post("/.well-known/csp-reports", content=json.dumps(report), headers=media_type)
     assert answer.status_code == 204
     assert b'hardening_csp_violations_total{directive="script-src-elem"' in shop.state.hardening.metrics.expose()
+
+
+ATTACK = "x' OR '1'='1"
+
+
+async def test_order_with_an_attack_is_refused(client: httpx2.AsyncClient) -> None:
+    """The API refuses what looks like an attack, and says where, not what."""
+    refused = await client.post("/api/orders", json=CUSTOMER | {"name": ATTACK})
+    assert refused.status_code == 422
+    assert {error["pointer"] for error in refused.json()["errors"]} == {"#/body/name"}
+    assert ATTACK not in refused.text
+    assert (await client.post("/api/orders", json=CUSTOMER | {"name": "Ada O'Brien"})).status_code == 409
+
+
+async def test_search_only_reports(client: httpx2.AsyncClient, shop: FastAPI) -> None:
+    """Whoever searches for something odd finds nothing, and the report has it."""
+    found = await client.get("/api/search", params={"q": ATTACK})
+    assert found.status_code == 200
+    assert found.json()["items"] == []
+    reports = {report.template: report for report in shop.state.hardening.validation.routes()}
+    assert reports["/api/search"].kinds == {"sql": 1}
+    assert reports["/api/search"].refused == 0

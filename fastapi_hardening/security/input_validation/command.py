@@ -1,0 +1,312 @@
+"""Command injection: a value that ends the command it is put into and begins another one.
+
+It takes a separator or a substitution, a command, and what makes it one: an argument that only a shell would
+understand, or nothing at all behind a command that is no word of any language. Where the separator comes after a
+sentence it takes more. Disguises are undone first: quotes and backslashes within words, ``${IFS}``, carets, braces.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+
+from fastapi_hardening.security.input_validation.pattern import Pattern
+from fastapi_hardening.security.input_validation.reading import Reading
+
+CLASS = "command"
+CERTAIN = 5
+SUSPICIOUS = 3
+
+# Commands that are no words.
+_STRONG = (
+    "whoami|uname|ifconfig|ipconfig|netstat|nslookup|wget|lynx|bash|zsh|ksh|csh|tcsh|powershell(?:\\.exe)?|"
+    "pwsh|cmd(?:\\.exe)?|"
+    "chmod|chown|chgrp|nc|ncat|netcat|telnet|ls|pwd|awk|gawk|mawk|sed|egrep|fgrep|grep|tftp|ssh|scp|sftp|"
+    "rsync|python[23]?(?:\\.\\d{1,3})?|"
+    "php[578]?|nodejs|base64|base32|xxd|hexdump|certutil|bitsadmin|systeminfo|tasklist|taskkill|printenv|"
+    "lsof|crontab|useradd|adduser|"
+    "usermod|groupadd|userdel|gcc|traceroute|tracert|phpinfo|wmic|mshta|rundll32|regsvr32|cscript|wscript|"
+    "xterm|busybox|mkfifo|"
+    "mknod|nohup|socat|openssl|lsb_release|hostname|getent|dmesg|lscpu|lsblk|arp|msiexec|schtasks|netsh|"
+    "whois|tcpdump|nmap|"
+    "sudo|passwd|unlink|rmdir|mkdir|setfacl|iptables|mysql|psql|sqlite3|zcat|tac|od|xargs|sysctl|sh|fping|"
+    "hping3|ping6?|"
+    "getcap|rbash|setsid|stdbuf|unzip|gzip|gunzip|bzip2|mysqldump|iconv|nsenter|chroot|docker|kubectl|"
+    "pkill|killall|dir\\s{1,3}[a-z]:|echo|expr|set\\s/a|net\\s{1,3}(?:user|localgroup|group|view|use|"
+    "start|share|stat)|(?:ba|z|k|da)?sh\\s{1,3}-c"
+)
+# Commands that are words, too.
+_WEAK = (
+    "cat|id|ps|perl|curl|dash|dig|ruby|rev|nl|paste|ver|type|dir|sleep|time|date|find|sort|more|less|head|"
+    "tail|cut|kill|who|last|test|touch|set|export|mail|exec|eval|print|printf|"
+    "copy|move|del|erase|rm|mv|cp|ln|du|df|man|top|at|tee|vi|vim|ed|ex|halt|reboot|shutdown|poweroff|net|"
+    "reg|start|call|nano|split|strings|ftp|"
+    "finger|mount|which|env|node|system|passthru|shell_exec|popen|tar|zip|diff|watch|service|systemctl|"
+    "host|route|read|wait|uptime|"
+    "groups|users|w|uniq|comm|file|stat|locate|source|alias|history|logger|timeout|nice|sysinfo|attrib|"
+    "break|true|false|cd|fdisk|free|screen|dd"
+)
+_PATHS = r"(?:\./|(?:/[\w.*?-]{1,32}){0,6}/|[a-z]:\\(?:[\w ]{1,32}\\){0,6}|%\w{1,20}%\\|~/)?"
+_SEPARATOR = r"(?:;|\|{1,2}|&{1,2}|\n|\r|\$\(|<\(|>\(|\\[nr]|\$\{IFS\}|=\(|!\s?`)"
+_OPTION = r"(?:-{1,2}[a-z0-9]|/[a-z?]{1,3}(?:\s|$)|\+%)"
+_SHELL_ARGUMENT = (
+    r"(?:" + _OPTION + r"|[~.]{0,2}/|\\\\|[a-z]:[\\/]|\$|`|[\"'][^\"']{0,80}[\"']|[\"']|>|<|\*|\?\?|\{|"
+    r"%\w{1,30}%|https?:|ftp:|\d{1,3}\.\d|0x|\d{1,12}\s{0,3}(?:[;|&`)#]|$)|"
+    r"localhost|[\w-]{1,40}\.(?:com|net|org|ru|io|txt|php|sh|py|exe|ini|log|conf|html?|js|bat|ps1|me|site|"
+    r"xyz|example)\b|\S{1,80}\s{0,3}[;|&`)]|"
+    r"&\d|/dev/|@|passwd|etc\b)"
+)
+_END = r"(?=\s{0,9}(?:$|[;|&`)\n\r#<>\"'}]|\\[nr]))"
+
+# A separator, what may stand before a command, and the word that may be one; which words are, sets say faster.
+_AFTER_SEPARATOR = Pattern(
+    rf"{_SEPARATOR}[\s;|&@({{\"'$!+]{{0,8}}(?:(?:sudo|nohup|exec|time|env|busybox|command|then|do|start|call|"
+    rf"timeout\s\d{{1,5}})\s{{1,4}}){{0,2}}"
+    rf"{_PATHS}(?P<word>[a-z_][\w.-]{{0,24}})"
+)
+_TAIL = Pattern(
+    rf"(?P<ended>{_END})|(?P<glued>[<>,({{$%+]|/(?=[a-z?]\b))|"
+    rf"(?P<argued>\s{{1,9}}{_SHELL_ARGUMENT})|(?P<spaced>\s{{1,9}})"
+)
+_FIRST_WORD = Pattern(rf"[\s\"'({{;|&]{{0,6}}{_PATHS}(?P<word>[a-z_][\w.-]{{0,24}})")
+_STRONG_WORD = Pattern(rf"(?:{_STRONG})$")
+_WEAK_WORD = Pattern(rf"(?:{_WEAK})$")
+_TWO_WORDS = Pattern(
+    r"(?:net\s{1,3}(?:user|localgroup|group|view|use|start|share|stat)|(?:ba|z|k|"
+    r"da)?sh\s{1,3}-c|dir\s{1,3}[a-z]:|set\s/a)(?![\w-])"
+)
+
+
+@lru_cache(maxsize=4096)
+def _kind_of(word: str) -> str:
+    """Whether a word is a command: ``strong`` if it is nothing else, ``weak`` if it is a word of a language, too."""
+    word = word.rstrip(".-")
+    if _STRONG_WORD.match(word):
+        return "strong"
+    return "weak" if _WEAK_WORD.match(word) or _WEAK_WORD.match(word.removesuffix(".exe")) else ""
+
+
+_WITH_PATH = Pattern(
+    rf"{_SEPARATOR}[\s\"'(]{{0,6}}(?:/(?:usr/)?(?:local/)?s?bin/|usr/bin/|/etc/|"
+    rf"c:\\(?:windows|winnt|inetpub)\\)[\w?*]"
+)
+_TICKS = Pattern(
+    rf"\S{{0,40}}(?<!`)`(?!`)\s{{0,4}}{_PATHS}(?:{_STRONG}|"
+    rf"{_WEAK})(?![\w-])[^`\n]{{0,200}}(?:`[^`\s]{{0,20}}\s{{0,4}}|$)$"
+)
+_SUBSTITUTION = Pattern(rf"(?:\$\(|<\()\s{{0,4}}{_PATHS}(?:{_STRONG}|{_WEAK})(?:{_END}|\s{{1,9}}{_SHELL_ARGUMENT})")
+_WHOLE = Pattern(
+    rf"[\s\"'({{]{{0,4}}{_PATHS}(?:(?:{_STRONG})|(?:cat|id|echo|type|dir|sleep|del|rm|cp|mv|net|reg|more|"
+    rf"less|head|tail|find|touch|copy|cd|expr|tar|kill|system|host|ftp))(?:\.exe)?"
+    rf"(?:\s{{1,4}}(?:{_OPTION}[\w=.:/-]{{0,40}}|"
+    rf"\d{{1,6}})){{0,6}}\s{{0,4}}(?:(?:[<>]{{1,2}}\s{{0,3}})?(?:[~.]{{0,2}}/[\w./*?-]{{1,120}}|"
+    rf"[a-z]:[\\/][\w.\\/ ]{{0,120}}|\d{{1,3}}(?:\.\d{{1,3}}){{3}}|localhost|https?://\S{{1,200}}))"
+    r"[\s\"')};&|#]{0,6}$"
+)
+_SHELL = Pattern(r"\s{0,4}(?:/(?:usr/)?bin/)?(?:ba|z|k|da)?sh\s{1,4}-[a-z]{0,3}c\s{1,4}\S")
+_OPTIONS_ONLY = Pattern(
+    rf"\s{{0,4}}{_PATHS}(?:{_STRONG})(?:\s{{1,4}}-[\w]{{1,8}}){{1,4}}\s{{0,4}}$|"
+    rf"\s{{0,4}}/(?:usr/)?(?:local/)?s?bin/(?:(?:id|ls|ps|cat|whoami|uname|netstat|ifconfig|hostname|"
+    rf"env)\s{{0,4}}$|\w{{1,20}}(?:\s{{1,4}}\S{{1,80}}){{1,6}}\s{{0,4}}$)"
+)
+_ONLY = Pattern(
+    rf"[\s\"'({{]{{0,4}}(?:{_STRONG}|id|ps|dir)\s{{0,3}}[;|&]{{1,2}}\s{{0,3}}$|"
+    rf"\s{{0,4}}(?:which|type|man|sudo)\s{{1,3}}(?:{_STRONG})\s{{0,4}}$"
+)
+_ALONE = Pattern(rf"[\s;|&]{{0,4}}(?:{_STRONG}|id)\W{{0,4}}$")
+_GLOB = Pattern(
+    r"(?:^|[\s;|&<])/(?:[\w*-]{0,20}(?:\?|"
+    r"\[[\w/?^-]{1,6}\])[\w?*\[\]/-]{0,20}/[\w?*\[\]-]{1,20}|[\w?*-]{1,20}/[\w*-]{0,20}\?[\w?*]{1,20})(?=$|"
+    r"[\s;|&/])"
+)
+_BATCH = Pattern(
+    r"\bfor\s{1,9}(?:/[a-z]\s{1,9}){0,3}(?:\"[^\"]{0,40}\"\s{1,4})?%{1,2}[^\s%]{1,12}\s{1,4}in\s{0,4}\(|"
+    r"\bif\s{1,9}(?:/i\s{1,4})?(?:not\s{1,4})?(?:exist\s{1,4}[\"(]?[a-z]:\\|%\w{1,30}%\s|"
+    r"\"%\w{1,30}%\")|"
+    r"[;&|]\s{0,4}(?:if|while|until|for)\s[^;\n]{1,120};\s{0,4}(?:then|do)\b|"
+    r"\w{0,8}:?\s?\(\)\s{0,4}\{\s{0,4}[^}\n]{0,30}\|[^}\n]{0,30}&\s{0,4};?\s{0,4}\}|"
+    r"^\s{0,4}\{(?:,[\w./-]{1,40}(?:,[\w./:-]{0,40}){0,6}|[a-z]{1,20},)\}\s{0,4}$"
+)
+_DEVICE = Pattern(r"/dev/(?:tcp|udp)/[\w.-]{1,80}/\d")
+_SENSITIVE = Pattern(
+    r"/etc/(?:passwd|shadow|hosts|group|issue)|c:[\\/]{1,2}(?:windows|winnt|boot\.ini|"
+    r"inetpub)|win\.ini|boot\.ini|/dev/(?:tcp|udp)/|/proc/self|\|\s{0,3}(?:ba|z|k|da)?sh\b|-e\s{1,3}/bin/|"
+    r"rm\s{1,3}-\w{0,3}[rf]"
+)
+_SHELLSHOCK = Pattern(
+    r"(?:^\s{0,4}|"
+    r"[\s\"'=:])\(\s{0,4}\)\s{0,4}\{\s{0,4}[:_x]?\s{0,4};[^}]{0,40}\}\s{0,4}(?:;|>_)|"
+    r"^\s{0,4}\(\)\s{0,4}\{[^}]{0,60}\}\s{0,4};"
+)
+_VARIABLE = Pattern(
+    r"(?:^|[\s;|&`])([a-z_]\w{0,15})=(?:\$?\\?['\"][^'\"\n]{0,60}['\"]|[^\s;&|"
+    r"]{1,60})[;&|]{1,2}\s{0,4}\$\{?\1\b"
+)
+_CODE = Pattern(
+    r"(?:\b(?:system|passthru|shell_exec|popen|proc_open|pcntl_exec|assert|create_function|call_user_func|"
+    r"backticks?)\s{0,3}\(\s{0,3}"
+    r"(?:['\"`$]|base64_decode|chr\(|getenv|/|(?:cat|ls|id|dir|whoami|sleep|ping|echo|wget|curl|nc|uname)\b)"
+    r"|\b(?:os\.(?:system|popen|exec\w{0,3}|spawn\w{0,4})|subprocess\.\w{2,12}|commands\.getoutput|"
+    r"pty\.spawn)\s{0,3}\("
+    r"|__import__\s{0,3}\(|require\s{0,3}\(?\s{0,3}['\"]child_process|process\.mainmodule|"
+    r"\.getruntime\s{0,3}\(\s{0,3}\)\s{0,3}\.\s{0,3}exec|"
+    r"processbuilder\s{0,3}\(|\beval\s{0,3}\(\s{0,3}(?:base64_decode|gzinflate|\$_|str_rot13|compile|__|"
+    r"chr)|\$_(?:get|post|request|cookie|server)\s{0,3}\[|"
+    r"\bphpinfo\s{0,3}\(\s{0,3}\)|\bprint\s{0,3}\(?\s{0,3}md5\s{0,3}\(|invoke-expression|\biex\s{0,3}\(|"
+    r"new-object\s{1,3}(?:system\.)?net\.|frombase64string)"
+)
+_OPEN_TAG = Pattern(
+    r"<\?(?:php\b|=|\s{0,4}(?:system|exec|passthru|echo|print|eval|include)\b)|"
+    r"<%\s{0,4}(?:execute|eval|response\.|runtime|=\s{0,3}(?:system|`))"
+)
+
+_QUOTES_IN_WORD = Pattern(
+    r"(?<=[\w/])(?:''|\"\"|\\(?=[a-z/])|\$@|\$\*|\$\{@\}|\^)(?=[\w/])|\$\(\)|"
+    r"(?<=[\w/;|&\s])\\\n(?=\w)"
+)
+_QUOTED_WORD = Pattern(r"[\s;|&]{0,4}(?:\w{0,6}['\"]){3,12}\w{0,6}(?:\s|$)")
+_BLANKS = Pattern(r"\$\{ifs[^}]{0,20}\}|\$ifs(?:\$\d)?|%09|\{ifs\}|\t")
+_BRACES = Pattern(r"\{([\w./-]{1,40}(?:,[\w./:-]{1,80}){1,8})\}")
+_PROSE = Pattern(r"[a-z']{2,40},?\s{1,9}[a-z']{2,40}")
+_SEPARATING = (";", "|", "&", "\n", "\r", "$", "<(", ">(", "=(", "!", "\\n", "\\r")
+_CODE_WORDS = (
+    "system", "exec", "passthru", "popen", "eval", "assert", "subprocess", "__import__", "child_process", "mainmodule",
+    "phpinfo", "$_", "md5", "invoke-", "iex", "new-object", "frombase64", "call_user", "create_function", "getoutput",
+    "pty.", "backtick", "processbuilder", "proc_open",
+)  # fmt: skip
+_BATCH_SIGNS = (
+    " in(",
+    " in (",
+    "exist",
+    "{,",
+    ",}",
+    "() {",
+    "(){",
+    "; do",
+    ";do",
+    "; then",
+    ";then",
+    '%"',
+    "% ",
+    "%  ",
+)
+_SIGNS = (";", "|", "&", "\n", "`", "$", "\\", "<(", "\r", "/", "-", "(", "<?", "<%", ":", "\\n", "{,", ",}")
+
+
+def find(reading: Reading) -> Iterator[tuple[str, int]]:
+    """The commands in a text, each with its score."""
+    lower = reading.lower
+    reading.steps += 2 * len(lower)
+    if not any(sign in lower for sign in _SIGNS):
+        return
+    found: set[str] = set()
+    for name, score in _in_text(lower, reading):
+        found.add(name)
+        yield name, score
+    plain = _undisguised(lower)
+    if plain != lower:
+        if _ALONE.match(plain):
+            yield "disguised", CERTAIN
+        for name, score in _in_text(plain, reading):
+            if name not in found:
+                yield f"disguised-{name}", score
+
+
+def _undisguised(text: str) -> str:
+    if "ifs" in text or "%09" in text or "\t" in text:
+        text = _BLANKS.sub(" ", text)
+    if "{" in text and "," in text:
+        text = _BRACES.sub(lambda match: match[1].replace(",", " "), text)
+    if any(sign in text for sign in ("''", '""', "\\", "$", "^")):
+        text = _QUOTES_IN_WORD.sub("", text)
+    if ("'" in text or '"' in text) and _QUOTED_WORD.match(text):
+        text = text.replace("'", "").replace('"', "")
+    if "+" in text and " " not in text.strip():
+        text = text.replace("+", " ")
+    return text
+
+
+def _in_text(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
+    reading.steps += 8 * len(text)
+    if any(sign in text for sign in _SEPARATING):
+        yield from _separated(text)
+    yield from _by_themselves(text)
+    first = _FIRST_WORD.match(text)
+    if first is not None and _kind_of(first["word"]):
+        if _SHELL.match(text) or _ONLY.match(text) or _WHOLE.match(text) or _OPTIONS_ONLY.match(text):
+            yield "whole", CERTAIN
+    elif _OPTIONS_ONLY.match(text):
+        yield "whole", CERTAIN
+    if any(word in text for word in _CODE_WORDS):
+        found = _CODE.search(text)
+        if found is not None:
+            yield "code", SUSPICIOUS if _PROSE.search(text[:120]) or _is_prose(text, found.start()) else CERTAIN
+    if "<?" in text or "<%" in text:
+        found = _OPEN_TAG.search(text)
+        if found is not None:
+            yield "open-tag", CERTAIN
+
+
+def _separated(text: str) -> Iterator[tuple[str, int]]:
+    for match in _AFTER_SEPARATOR.finditer(text):
+        two = _TWO_WORDS.match(text, match.start("word"))
+        kind = "phrase" if two else _kind_of(match["word"])
+        score = _score_of(match, two.end() if two else match.end(), kind, text) if kind else 0
+        if score:
+            yield "separated", score
+            if score >= CERTAIN:
+                break
+    if any(path in text for path in ("bin/", "/etc/", ":\\")):
+        found = _WITH_PATH.search(text)
+        if found is not None and not _is_prose(text, found.start()):
+            yield "separated-path", CERTAIN
+    if "$(" in text or "<(" in text:
+        found = _SUBSTITUTION.search(text)
+        if found is not None:
+            sure = not _is_prose(text, found.start()) or _SENSITIVE.search(found[0])
+            yield "substitution", CERTAIN if sure else 2
+    if "=" in text and "$" in text and _VARIABLE.search(text):
+        yield "variable", CERTAIN
+
+
+def _by_themselves(text: str) -> Iterator[tuple[str, int]]:
+    """What only a shell has, wherever it stands."""
+    if "`" in text and _TICKS.match(text):
+        yield "substitution", CERTAIN
+    if "dev/" in text and _DEVICE.search(text):
+        yield "device", CERTAIN
+    if ("?" in text or "[" in text) and "/" in text and _GLOB.search(text):
+        yield "glob", CERTAIN
+    if any(sign in text for sign in _BATCH_SIGNS) and _BATCH.search(text):
+        yield "script", CERTAIN
+    if "{" in text and _SHELLSHOCK.search(text):
+        yield "shellshock", CERTAIN
+
+
+def _score_of(match: re.Match[str], end: int, kind: str, text: str) -> int:  # noqa: PLR0911 - a table of cases
+    tail = _TAIL.match(text, end)
+    if tail is None:
+        return CERTAIN if kind == "phrase" and not _is_prose(text, match.start()) else 0
+    prose = _is_prose(text, match.start())
+    separator = match[0][:2]
+    first = separator[0]
+    if tail["argued"] or tail["glued"]:
+        if _SENSITIVE.search(text, match.start(), match.start() + 200):
+            return CERTAIN
+        if prose or (first == "\n" and match.start() > 0):
+            return 2
+        return CERTAIN if kind != "weak" or tail["argued"] or first != "&" else 2
+    if prose or (first == "\n" and match.start() > 0 and "\n" in text.strip()):
+        return 0
+    if tail["ended"] is None:
+        return CERTAIN if kind != "weak" and (first not in "&\n" or separator == "&&") else 0
+    if kind != "weak":
+        return CERTAIN
+    # "AT&T; date" is a list; ";date" is none.
+    before = text[max(0, match.start() - 40) : match.start()].strip()
+    glued = not match[0][1:2].isspace() or not any(map(str.isalpha, before))
+    return CERTAIN if glued and (first != "&" or match.start() == 0 or text[end : end + 40].strip()) else 2
+
+
+def _is_prose(text: str, position: int) -> bool:
+    """Whether a sentence comes before this position: words, not the value that the command is put behind."""
+    return _PROSE.search(text[max(0, position - 160) : position]) is not None

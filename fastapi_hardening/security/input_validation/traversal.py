@@ -1,0 +1,161 @@
+"""Path traversal: a value that, joined to a folder, names a file outside of it.
+
+What counts is where the path goes, not how it looks: its segments are walked, whatever separates them, and it is an
+attack when it leaves the folder that it starts in. ``docs/../images/a.png`` does not. An absolute path is one where it
+names a file that holds secrets, and only as the whole value: a sentence may speak of ``/etc/passwd``.
+"""
+
+from collections.abc import Iterator
+
+from fastapi_hardening.security.input_validation.pattern import Pattern
+from fastapi_hardening.security.input_validation.reading import Reading
+
+CLASS = "traversal"
+CERTAIN = 5
+SUSPICIOUS = 3
+
+_SEPARATORS = Pattern("[/\\\\\ue000-\uf8ff\ufffd]+")
+_PATH = Pattern(r"[^\s\"'<>|(){},;=&?]*(?:\.\.|\.[/\\]{1,3}\.)[^\s\"'<>|(){},=&?]*")
+_SPELT = (("0x2e", "."), ("0x2f", "/"), ("0x5c", "\\"), ("%2e", "."), ("%2f", "/"), ("%5c", "\\"), ("%25", "%"))
+# The percent sign was taken away, or stands for itself.
+_DOTS_AND_HEX = Pattern(
+    r"(?<=\.\.)%{0,9}(?:25){0,9}(?:2f|5c|c0%?af|c1%?9c|u2215|u2216)|"
+    r"(?<=\.\.)[\x00;%\uf025]{1,3}(?=[/\\]|\.\.)"
+)
+
+_SENSITIVE = Pattern(
+    r"(?:^|[/\\])(?:etc[/\\]{1,4}(?:passwd|shadow|group|hosts|issue|motd|sudoers|fstab|crontab|profile|ssh|"
+    r"apache|httpd|nginx|mysql|my\.cnf|"
+    r"php|resolv|hostname|gshadow|security|exports|inetd|vsftpd|samba|init|master\.passwd|os-release|"
+    r"redhat-release|debian_version)"
+    r"|proc[/\\]{1,4}(?:self|version|cmdline|net|mounts|cpuinfo|\d)|boot\.ini|win\.ini|system\.ini|"
+    r"winnt[/\\]|windows[/\\]{1,4}(?:system32|win\.ini|"
+    r"system\.ini|repair|panther|php\.ini|my\.ini)|inetpub[/\\]|global\.asa|web-inf[/\\]|meta-inf[/\\]|"
+    r"\.ssh[/\\]|id_rsa\b|\.htpasswd|"
+    r"\.aws[/\\]|\.git[/\\](?:config|head|index)|web\.config\b|wp-config\.php|\.bash_history|"
+    r"authorized_keys|var[/\\]{1,4}log[/\\])"
+)
+_ABSOLUTE = Pattern(
+    r"(?:[/\\]{1,4}(?:private[/\\])?(?:etc|proc|root|boot|var[/\\]{1,3}(?:log|logs|adm|spool|run|mail|lib|"
+    r"lp|backups?|apache2?|nm2|cpanel|saf)|"
+    r"usr[/\\]{1,3}(?:local[/\\]{1,3})?(?:etc|lib|zend|apache\d?|php\d?|cpanel|httpd|mysql|nginx|pgsql|psa|"
+    r"lsws|zeus|samba)|"
+    r"(?:opt|volumes)[/\\]{1,3}(?:lampp|xampp|apache\d?|macintosh_hd1)|dev[/\\](?:random|urandom|zero|tcp|"
+    r"udp|fd|mem)|sys[/\\]|winnt|windows|inetpub)(?:[/\\]|$)"
+    r"|\\\\[\w.-]{1,80}\\(?:[a-z]|admin|ipc)\$\\|[a-z]:[/\\]{1,4}(?:boot\.ini|windows|winnt|inetpub|winxp|"
+    r"xampp|wamp|apache|php\d?[/\\]|mysql|autoexec\.bat|config\.sys|system volume|"
+    r"program files[^/\\]{0,8}[/\\]{1,4}(?:apache|mysql|php|xampp|filezilla|postgres|microsoft iis))"
+    r"|/?[a-z]:[/\\]?(?:windows|winnt|inetpub|boot\.ini)|[/\\]program files(?: \(x86\))?[/\\](?:apache|"
+    r"mysql|php|xampp|filezilla|postgres)"
+    r"|[/\\](?:[\w.-]{1,40}[/\\]{1,3}){0,8}(?:php\.ini|httpd\.conf|nginx\.conf|my\.(?:cnf|ini)|"
+    r"\.ht(?:access|passwd)|(?:access|error)[._]\s?log|"
+    r"\.(?:bash_profile|bashrc|profile|netrc|rhosts|forward|cshrc|viminfo|mysql_history|xauthority|sh_history))$"
+    r"|[/\\]?(?:etc[/\\]{1,3}(?:passwd|shadow|hosts|group)|boot\.ini|win\.ini|web-inf[/\\]|\.htpasswd|"
+    r"\.htaccess|\.ssh[/\\]|\.git[/\\]|\.env$|\.bash_history|\.xauthority))"
+    r"[^\s\"'<>|(){}]{0,400}(?:[a-z ]{0,30}[/\\.][^\s]{0,200})?$"
+)
+_SCHEME = Pattern(
+    r"(?:^|[=\"'\s(])(?:file:/{0,4}[/\\.a-z]|php://(?:filter|input|stdin|fd|memory|temp|"
+    r"output)|expect://|phar://|zip://|glob://|compress\.\w{2,6}://|zlib://|ogg://|rar://|ssh2\.\w{2,6}://|"
+    r"netdoc:/|jar:(?:file|https?):)"
+)
+_SCHEMES = (
+    "file:",
+    "php:",
+    "expect:",
+    "phar:",
+    "zip:",
+    "glob:",
+    "compress.",
+    "zlib:",
+    "ogg:",
+    "rar:",
+    "ssh2.",
+    "netdoc:",
+    "jar:",
+)
+# "../" and "/etc/" as base64.
+_BASE64 = Pattern(r"(?:Li4v){2}|L2V0Yy9")
+_LOST_SEPARATORS = Pattern(r"\.{4,60}(?:etc|boot\.ini|win\.ini|windows|winnt|inetpub|proc)\b")
+_DOT_SEGMENTS = Pattern(r"(?:[/\\]\.(?=[/\\])){2,64}")
+
+
+def find(reading: Reading) -> Iterator[tuple[str, int]]:
+    """How a value leaves the folder that it belongs to, with a score."""
+    lower = reading.lower
+    reading.steps += 4 * len(lower)
+    if ":" in lower and any(scheme in lower for scheme in _SCHEMES):
+        scheme = reading.search(_SCHEME)
+        if scheme is not None:
+            yield "local-scheme", CERTAIN
+    if not any(sign in lower for sign in ("/", "\\", "..", ".ini", ".ht", "c:", "d:", "0x2e")):
+        if _BASE64.match(reading.value):
+            yield "base64", CERTAIN
+        return
+    whole = lower.strip().strip("\"'`")
+    if "/./" in whole or "\\.\\" in whole:
+        whole = _DOT_SEGMENTS.sub("", whole)
+    if _ABSOLUTE.match(whole.lstrip("%\n\r\t =")):
+        yield "absolute", CERTAIN
+    if _BASE64.match(reading.value.strip()):
+        yield "base64", CERTAIN
+    if ".." in lower or "0x2e" in lower or ".\\." in lower or "./." in lower:
+        yield from _ways_up(_spelt_out(lower), reading)
+
+
+def _spelt_out(text: str) -> str:
+    for written, meant in _SPELT:
+        if written in text:
+            text = text.replace(written, meant)
+    text = text.replace("\\.\\.", "..").replace(".\\./", "../").replace("..;", "..")
+    return _DOTS_AND_HEX.sub("/", text)
+
+
+def _ways_up(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
+    if _LOST_SEPARATORS.search(text):
+        yield "sensitive-file", CERTAIN
+        return
+    alone = " " not in text.strip() and "\n" not in text.strip()
+    highest = 0
+    for match in _PATH.finditer(text):
+        reading.steps += len(match[0])
+        depth = _levels_above(match[0])
+        if depth and _SENSITIVE.search(match[0]):
+            yield "sensitive-file", CERTAIN
+            return
+        highest = max(highest, depth)
+    # A sentence may have a relative path in it, an import or a link; it does not go up and up.
+    if highest >= (1 if alone else 3):
+        yield "escape", CERTAIN if alone or highest > 3 else SUSPICIOUS  # noqa: PLR2004
+    elif highest and reading.in_line:
+        yield "escape", CERTAIN
+
+
+def _levels_above(path: str) -> int:
+    """How many levels above its start a path reaches.
+
+    Example:
+        >>> _levels_above("docs/../images"), _levels_above("a/../../../etc"), _levels_above("....//....//etc")
+        (0, 2, 2)
+    """
+    before, scheme, after = path.partition("://")
+    if scheme:
+        # An address has a root of its own.
+        path = after.partition("/")[2] if before.isalpha() else path
+    # That of an address cannot be left; one level up is only untidy.
+    depth = 1 if scheme and before.isalpha() else 0
+    highest = dots = 0
+    for segment in _SEPARATORS.split(path):
+        if segment in ("", "."):
+            continue
+        bare = segment.strip("%;:\x00 ")
+        if bare == ".." or (bare.endswith("..") and len(bare) > 3 and not bare.strip(".")):  # noqa: PLR2004
+            depth -= 1
+            highest = max(highest, -depth)
+        elif not bare.strip("."):
+            dots += 1
+            depth -= 1 if dots > 1 else 0
+            highest = max(highest, -depth)
+        else:
+            depth += 1
+    return highest
