@@ -10,7 +10,7 @@ Example:
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
@@ -18,40 +18,42 @@ from fastapi import FastAPI
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastapi_hardening.api import docs_pages, errors
+from fastapi_hardening.api import errors
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError
-from fastapi_hardening.core.headers import RawHeaders
 from fastapi_hardening.core.identity import Authenticator
-from fastapi_hardening.core.policy import Guard, allow_nobody, either
-from fastapi_hardening.core.problem import Problem
-from fastapi_hardening.core.routes import RouteTable, table_of
-from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening, Slot
+from fastapi_hardening.introductions import (
+    adopt_slowapi,
+    adopting,
+    allowed_origins,
+    banned,
+    context_maker,
+    header_settings,
+    introduce,
+    operations_guard,
+    policy_fields,
+    probe_fields,
+    route,
+    telling_of_routes,
+)
 from fastapi_hardening.observability.access_log import AccessLogMiddleware
 from fastapi_hardening.observability.health import HealthMiddleware, details_guard
 from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_guard
-from fastapi_hardening.observability.request_context import ContextMaker, RequestContextMiddleware
-from fastapi_hardening.performance.fast_routing import FastRouting
+from fastapi_hardening.observability.request_context import RequestContextMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
-from fastapi_hardening.security import csp_reports, security_txt, slowapi_limits
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.auth import openapi as auth_openapi
-from fastapi_hardening.security.auth.layer import AuthenticationMiddleware, check_routes, demand_again
-from fastapi_hardening.security.auth.overrides import require_permissions
+from fastapi_hardening.security.auth.layer import AuthenticationMiddleware, check_routes
 from fastapi_hardening.security.auth.rbac import PermissionsOf
-from fastapi_hardening.security.cors import CorsMiddleware, CorsPolicy, take_over
+from fastapi_hardening.security.cors import CorsMiddleware, take_over
 from fastapi_hardening.security.csp_reports import CspReportsMiddleware
 from fastapi_hardening.security.input_validation import InputValidationMiddleware
 from fastapi_hardening.security.rate_limit import RateLimitMiddleware
 from fastapi_hardening.security.request_limits import RequestLimitsMiddleware
 from fastapi_hardening.security.security_headers import (
-    HeaderPolicy,
-    SecurityHeaders,
     SecurityHeadersMiddleware,
-    SecurityHeadersSettings,
-    csp_nonce,
 )
 from fastapi_hardening.security.security_txt import SecurityTxtMiddleware
 from fastapi_hardening.security.websocket_limits import WebSocketLimitsMiddleware
@@ -63,20 +65,20 @@ logger = logging.getLogger("fastapi_hardening")
 INBOUND: tuple[Slot, ...] = (
     Slot("probes", "health", "liveness, readiness, start-up and the health report, before anything can refuse them",
          lambda h, app: HealthMiddleware(
-             app, h.settings.health, checks=h.checks, lifecycle=h.lifecycle, fields=_probe_fields(h),
-             guard=_guard(h, details_guard(h.settings.health)), about={"serviceId": h.service_name},
+             app, h.settings.health, checks=h.checks, lifecycle=h.lifecycle, fields=probe_fields(h),
+             guard=operations_guard(h, details_guard(h.settings.health)), about={"serviceId": h.service_name},
              events=h.events, clock=h.clock)),
     Slot("request context", "request_id", "id, client address and route of the request, once, for everything below",
-         lambda h, app: RequestContextMiddleware(app, h.settings.request_id, maker=_context_maker(h))),
+         lambda h, app: RequestContextMiddleware(app, h.settings.request_id, maker=context_maker(h))),
     Slot("access log", "access_log", "one structured line a request",
          lambda h, app: AccessLogMiddleware(app, h.settings.access_log, clock=h.clock)),
     Slot("metrics", "metrics", "rate, errors and duration by route",
          lambda h, app: MetricsMiddleware(
-             app, recorder=h.metrics, guard=_guard(h, metrics_guard(h.settings.metrics)), fields=_policy_fields(h),
-             clock=h.clock)),
+             app, recorder=h.metrics, guard=operations_guard(h, metrics_guard(h.settings.metrics)),
+             fields=policy_fields(h), clock=h.clock)),
     Slot("tracing", "tracing", "one server span"),
     Slot("security headers", "security_headers", "header fields that protect browsers, on every answer",
-         lambda h, app: SecurityHeadersMiddleware(app, _header_settings(h))),
+         lambda h, app: SecurityHeadersMiddleware(app, header_settings(h))),
     Slot("CORS", "cors", "above everything that refuses, so that a browser may read the refusal",
          lambda h, app: CorsMiddleware(app, h.cors)),
     Slot("errors", "errors", "whatever is raised becomes a problem document",
@@ -91,21 +93,21 @@ INBOUND: tuple[Slot, ...] = (
              app, h.settings.request_limits, allowed_hosts=h.settings.allowed_hosts, clock=h.clock)),
     Slot("address limit", "address_limit", "flood guard by client address, without I/O",
          lambda h, app: AddressLimitMiddleware(
-             app, h.settings.address_limit, clock=h.clock, allow=h.allow, banned=_banned(h))),
+             app, h.settings.address_limit, clock=h.clock, allow=h.allow, banned=banned(h))),
     Slot("security.txt", "security_txt", "whom to tell of a vulnerability",
          lambda h, app: SecurityTxtMiddleware(app, h.settings.security_txt)),
     Slot("CSP reports", "csp_reports", "takes and counts what browsers report of policies",
          lambda h, app: CspReportsMiddleware(app, h.settings.csp_reports, events=h.events, clock=h.clock)),
     Slot("websocket limits", "websocket_limits", "who may open websockets, what they may send, how long they stay",
          lambda h, app: WebSocketLimitsMiddleware(
-             app, h.settings.websocket_limits, admits=_allowed_origins(h), lifecycle=h.lifecycle, clock=h.clock)),
+             app, h.settings.websocket_limits, admits=allowed_origins(h), lifecycle=h.lifecycle, clock=h.clock)),
     Slot("version", "versioning", "which version of the API is asked for"),
     Slot("authentication", "auth", "who calls, and whether the route lets them",
          lambda h, app: AuthenticationMiddleware(app, gate=h.auth)),
     Slot("tenancy", "tenancy", "whose data it is about"),
     Slot("rate limit", "rate_limit", "limits by client and route; by identity, plan and tenant once they are known",
          lambda h, app: RateLimitMiddleware(
-             app, h.settings.rate_limit, clock=h.clock, store=h.store, declared=h.declared_limits, banned=_banned(h))),
+             app, h.settings.rate_limit, clock=h.clock, store=h.store, declared=h.declared_limits, banned=banned(h))),
     Slot("input validation", "input_validation", "looks for attacks in content, and reports or refuses them",
          lambda h, app: InputValidationMiddleware(app, h.settings.input_validation, report=h.validation)),
     Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
@@ -154,15 +156,15 @@ def harden(
         app, settings or Settings(), INBOUND, authenticators=authenticators, permissions_of=permissions_of, clock=clock
     )
     build, lifespan = app.build_middleware_stack, app.router.lifespan_context
-    adopt_all = _adopting(handle)
+    adopt_all = adopting(handle)
 
     def build_hardened_stack() -> ASGIApp:
         adopt_all(handle.table.built())
         check_routes(handle.auth, handle.table)
-        handle.table.on_rebuilt += [adopt_all, _telling_of_routes(handle)]
+        handle.table.on_rebuilt += [adopt_all, telling_of_routes(handle)]
         taken = take_over(app, handle.settings.cors)
         handle.cors = taken or handle.settings.cors
-        _adopt_slowapi(handle, app)
+        adopt_slowapi(handle, app)
         inner = build()
         # Mounted in another hardened application, ours step aside, but who may call is never for others to say, and a
         # policy that was taken over still holds.
@@ -185,26 +187,17 @@ def harden(
             finally:
                 await handle.store.close()
 
-    _route(app, handle)
+    route(app, handle)
     app.build_middleware_stack = build_hardened_stack  # type: ignore[method-assign]
     app.router.lifespan_context = hardened_lifespan
     if handle.settings.errors.enabled and handle.settings.errors.format == "problem":
         errors.describe(app)  # now, for a document that is exported without serving; again when the stack is built
     auth_openapi.describe(app, handle.auth)
-    _introduce(handle)
+    introduce(handle)
     for key in handle.settings.without_effect():
         logger.warning("%s is set, but this concern is not built yet, so it has no effect", key)
     logger.info("hardened %s: %s", app.title, ", ".join(layer.name for layer in handle.pipeline if layer.state == "on"))
     return handle
-
-
-def _introduce(handle: Hardening) -> None:
-    """Has concerns that know nothing of metrics and health counted and checked."""
-    settings = handle.settings
-    if settings.csp_reports.enabled:
-        csp_reports.measure(handle.metrics.registry, handle.events)
-    if settings.security_txt.enabled:
-        handle.checks.add("security_txt", security_txt.check(settings.security_txt, handle.clock), critical=False)
 
 
 def _around(handle: Hardening, inner: ASGIApp, bare: ASGIApp) -> ASGIApp:
@@ -215,136 +208,6 @@ def _around(handle: Hardening, inner: ASGIApp, bare: ASGIApp) -> ASGIApp:
         if slot.build is not None and (handle.state_of(slot) == "on" or slot.setting == "request_id"):
             app = slot.build(handle, app)
     return _StepAside(app, bare)
-
-
-def _banned(handle: Hardening) -> Callable[[str], Problem | None] | None:
-    return handle.bans.refusal if handle.settings.bans.enabled else None
-
-
-def _adopt_slowapi(handle: Hardening, app: FastAPI) -> None:
-    """Has the rate limit enforce what the application has declared with slowapi."""
-    if not handle.settings.rate_limit.enabled:
-        return
-    shared = not isinstance(handle.store, MemoryStore)
-    found = handle.declared_limits = slowapi_limits.adopt(handle.table, clock=handle.clock, shared=shared)
-    if found is not None and found.asks_behind_middlewares:
-        app.router.middleware_stack = slowapi_limits.BehindMiddlewares(app.router.middleware_stack)
-
-
-def _adopting(handle: Hardening) -> Callable[[RouteTable], None]:
-    """Has every application of the tree answer errors alike, and show its documentation under the strict policy.
-
-    Called again for what is mounted later.
-    """
-    docs = handle.settings.docs_pages
-    policies = _docs_policies(docs) if docs.enabled else {}
-
-    def adopt(table: RouteTable) -> None:
-        for application in table.applications:
-            if handle.settings.errors.enabled:
-                errors.install(application, handle.settings.errors)
-            if docs.enabled:
-                docs_pages.install(application, docs, nonce=csp_nonce, policies=policies)
-            if not handle.auth.idle and isinstance(application, FastAPI):
-                auth_openapi.describe(application, handle.auth)
-            _route(application, handle)
-
-    return adopt
-
-
-def _route(application: Any, handle: Hardening) -> None:
-    """Puts routing by the table in front of a router, which asks again who may call where a middleware moves them."""
-    stack = application.router.middleware_stack
-    while stack is not None and not isinstance(stack, FastRouting):
-        stack = getattr(stack, "app", None)
-    if stack is None or not (handle.auth.idle or stack.owner is handle):
-        application.router.middleware_stack = FastRouting(
-            application.router,
-            table_of(application),
-            handle.settings.routing,
-            moved=lambda entry, scope, context: demand_again(handle.auth, entry, scope, context),
-            owner=handle,
-        )
-
-
-def _telling_of_routes(handle: Hardening) -> Callable[[RouteTable], None]:
-    """Says of routes that are added later what would have been refused at the start; they are closed by themselves."""
-
-    def tell(table: RouteTable) -> None:
-        try:
-            check_routes(handle.auth, table)
-        except ConfigurationError as error:
-            logger.warning("%s", error)
-
-    return tell
-
-
-def _guard(handle: Hardening, guard: Guard) -> Guard:
-    """A guard that also lets in who has the permission for operations, where the settings name one."""
-    permission = handle.settings.auth.operations_permission
-    if permission is None or guard is allow_nobody:
-        return guard
-    return either(guard, require_permissions(permission, gate=handle.auth))
-
-
-def _docs_policies(docs: docs_pages.DocsPagesSettings) -> docs_pages.Policies:
-    """The header fields of each documentation page."""
-    strictly: dict[str, Any] = {"content_security_policy_report_only": None}
-    page = strictly | {"content_security_policy": docs_pages.policy(docs)}
-    redirect = strictly | {"content_security_policy": docs_pages.REDIRECT_POLICY}
-    fields = {
-        # A sign-in opens a window of another origin, and hears from it when it has come back.
-        "swagger_ui_html": SecurityHeaders(**page, cross_origin_opener_policy="same-origin-allow-popups"),
-        "swagger_ui_redirect": SecurityHeaders(**redirect, cross_origin_opener_policy=None),
-        "redoc_html": SecurityHeaders(**page),
-    }
-    return {name: override.after_routing for name, override in fields.items()}
-
-
-def _header_settings(handle: Hardening) -> SecurityHeadersSettings:
-    """The header fields, which tell browsers of the report route if there is one."""
-    headers, reports = handle.settings.security_headers, handle.settings.csp_reports
-    if not reports.enabled or headers.reporting_endpoint is not None:
-        return headers
-    return headers.model_copy(update={"reporting_endpoint": reports.path})
-
-
-def _probe_fields(handle: Hardening) -> Callable[[RawHeaders, Scope], RawHeaders]:
-    """What every answer carries, for the probes, which are answered above the layers that would add it."""
-    policy = HeaderPolicy(handle.settings.security_headers)
-    maker = _context_maker(handle)
-
-    def fields(headers: RawHeaders, scope: Scope) -> RawHeaders:
-        context = maker.make(scope)
-        if handle.settings.request_id.enabled:
-            headers.append((maker.header, context.request_id.encode("ascii")))
-        return policy.apply(headers, tls=context.secure)
-
-    return fields
-
-
-def _policy_fields(handle: Hardening) -> Callable[[RawHeaders, Scope], RawHeaders]:
-    """The header fields that protect browsers, for an answer that is made above their layer."""
-    policy = HeaderPolicy(handle.settings.security_headers)
-    return lambda headers, scope: policy.apply(headers, tls=request_context.ensure(scope).secure)
-
-
-def _allowed_origins(handle: Hardening) -> Callable[[bytes], bool]:
-    """Whose pages may open websockets: those that CORS names. ``*`` names nobody: it is for answers without cookies."""
-    policy = None if "*" in handle.cors.allow_origins else CorsPolicy.of(handle.cors)
-    return policy.allows if policy is not None else lambda _origin: False
-
-
-def _context_maker(handle: Hardening) -> ContextMaker:
-    settings = handle.settings
-    return ContextMaker(
-        settings.request_id,
-        client_addresses=handle.client_addresses,
-        error_format=settings.errors.format,
-        events=handle.events,
-        clock=handle.clock,
-        hardened=True,
-    )
 
 
 class _StepAside:
