@@ -185,6 +185,13 @@ def test_switched_off_nobody_is_banned() -> None:
     assert kit.statuses("/", 1, "203.0.113.2") == [404]
 
 
+def test_who_is_allowed_passes_every_limit() -> None:
+    """The flood guard, too; nobody else does."""
+    kit = Kit(address_limit={"limit": "1/minute"}, rate_limit={"default": "2/minute", "allow": ["203.0.113.0/28"]})
+    assert kit.statuses("/", 4) == [404] * 4
+    assert kit.statuses("/", 2, "203.0.113.99") == [404, 429]
+
+
 def test_a_flood_is_a_reason_too() -> None:
     """The refusals of the address limit count as well."""
     kit = Kit(address_limit={"limit": "1/minute"}, bans={"after_refusals": 2})

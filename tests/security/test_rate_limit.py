@@ -28,7 +28,13 @@ from fastapi_hardening.observability.request_context import (
     RequestIdSettings,
 )
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware, AddressLimitSettings
-from fastapi_hardening.security.rate_limit import Budget, InFlight, RateLimitMiddleware, RateLimitSettings
+from fastapi_hardening.security.rate_limit import (
+    Budget,
+    InFlight,
+    RateLimitMiddleware,
+    RateLimitSettings,
+    Together,
+)
 
 
 class Kit:
@@ -64,6 +70,19 @@ def test_several_limits_spend_all_or_nothing() -> None:
     for _ in range(5):
         budget.hit("k")
     assert [decision.remaining for decision in budget.hit("k", cost=0)] == [0, 8]
+
+
+def test_budgets_that_hold_together_refuse_as_the_one_that_takes_longest() -> None:
+    """And are the same as those of the next request."""
+    clock = ManualClock()
+    budgets = tuple(Budget(parse_limits(text), clock=clock) for text in ("1/second", "1/hour", "9/day"))
+    together = Together(budgets)
+    for budget in budgets:
+        budget.hit("k")
+    decisions = [decision for budget in budgets for decision in budget.hit("k")]
+    problem = together.problem(decisions)
+    assert (problem.headers, problem.extensions) == ({"Retry-After": "3600"}, {"violated-policies": ["1/hour"]})
+    assert {Together(budgets): 1}[together] == 1
 
 
 def test_requests_under_way_are_counted_and_forgotten() -> None:

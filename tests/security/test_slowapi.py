@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -628,6 +629,26 @@ def test_what_only_waits_is_still_limited_by_our_default() -> None:
         return number
 
     assert Site(app, rate_limit={"default": "2/minute"}).statuses("/path/x", 3) == [422, 422, 429]
+
+
+def test_what_the_lifespan_has_set_is_known_at_once() -> None:
+    """So that also a request that never gets to the endpoint is counted by it."""
+
+    @asynccontextmanager
+    async def lifespan(_app: Any) -> AsyncIterator[dict[str, str]]:
+        yield {"stage": "blue"}
+
+    app, limiter = build()
+    app.router.lifespan_context = lifespan
+
+    @app.get("/path/{number}")
+    @limiter.limit("1/minute", key_func=lambda request: request.state.stage)
+    async def t(request: Request, number: int) -> int:
+        return number
+
+    site = Site(app)
+    with site.client() as client:
+        assert [client.get("/path/x").status_code for _ in range(2)] == [422, 429]
 
 
 @pytest.mark.parametrize("what", ["user", "auth", "session"])
