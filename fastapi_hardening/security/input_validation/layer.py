@@ -45,7 +45,7 @@ from fastapi_hardening.security.input_validation.policy import (
     ContentTooLarge,
     RoutePolicy,
 )
-from fastapi_hardening.security.input_validation.reading import is_plain_json
+from fastapi_hardening.security.input_validation.reading import is_plain_json, is_plain_path, is_plain_query
 from fastapi_hardening.security.input_validation.report import ValidationReport
 from fastapi_hardening.security.input_validation.settings import InputValidationSettings
 from fastapi_hardening.security.input_validation.shape import FREE
@@ -318,7 +318,7 @@ def _head(scope: Scope, policy: RoutePolicy) -> list[Text]:
     """The texts of the head that need a look."""
     found: list[Text] = []
     query: bytes = scope["query_string"]
-    if query:
+    if query and not is_plain_query(query):
         found += pairs_of(query, "query", policy.query)
     wanted = policy.headers
     for name, value in scope["headers"]:
@@ -340,11 +340,12 @@ def _cookies(value: bytes, policy: RoutePolicy) -> Iterator[Text]:
 
 
 def _path_texts(scope: Scope, policy: RoutePolicy) -> Iterator[Text]:
-    path = route_path(scope["path"], scope.get("root_path", ""))
-    given = scope["path"].split("/")[1:]
     if policy.segments is None:
         # No route, or an application that is not looked into.
-        yield Text(("path",), path[1:], in_line=True)
+        yield Text(("path",), route_path(scope["path"], scope.get("root_path", ""))[1:], in_line=True)
+        return
+    given = scope["path"].split("/")[1:]
+    if len(given) <= len(policy.segments) and is_plain_path(scope["path"]):
         return
     # The template has the prefixes of mounts; a server may have put a root path before it.
     surplus = max(0, len(given) - len(policy.segments))

@@ -152,6 +152,8 @@ class RoutePolicy:
         self.headers |= {name.lower().encode("latin-1") for name, shape in declared.items() if not shape.exempt}
         self.headers -= {name.lower().encode("latin-1") for name, shape in declared.items() if shape.exempt}
         self.segments = None if entry.kind == "mount" else _segments(entry.template)
+        if self.segments and all(name is None or self.path.member(name).exempt for name in self.segments):
+            self.segments = ()
 
     def allows(self, path: Path, kind: str) -> bool:
         """Whether a class may be in a place."""

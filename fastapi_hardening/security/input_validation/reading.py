@@ -56,6 +56,20 @@ def is_plain(text: str) -> bool:
     return ".." not in text and (" " not in text or _WORDS.match(text) is None)
 
 
+# Without blanks there are no words that could be a query.
+_PLAIN_IN_TARGET = _PLAIN.replace(b" ", b"").replace(b"\t", b"")
+
+
+def is_plain_query(query: bytes) -> bool:
+    """Whether no name and no value of a query needs a look, told from the query as it was sent."""
+    return not query.translate(None, _PLAIN_IN_TARGET + b"=&") and b".." not in query and b"proto" not in query
+
+
+def is_plain_path(path: str) -> bool:
+    """Whether no single segment of a path needs a look."""
+    return path.isascii() and not path.encode().translate(None, _PLAIN_IN_TARGET + b"/") and ".." not in path
+
+
 _JSON_MARKS = b'{}[]":,\r\n'
 _BEGINS_IN_JSON = Pattern(rb'"' + _WORDS_SOURCE.encode(), re.IGNORECASE)
 

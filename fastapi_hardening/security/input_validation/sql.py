@@ -107,7 +107,7 @@ _TELLING = _DANGEROUS | frozenset(
      "count", "iif", "isnull", "char", "chr", "if", "database", "current_setting", "host_name", "db_name"),
 )  # fmt: skip
 _LONGEST_NAME = 32
-_LAST_WORD = Pattern(r"\w{1,32}$")
+_CALLED = Pattern(r"\s{0,9}([\w.]{1,32})([\s(]{1,9}(?:ro|dna|rox)(?!\w))?")
 
 # A number that runs into a keyword, which several databases read as two tokens.
 _GLUED = Pattern(
@@ -138,6 +138,11 @@ _OPENING = Pattern(
 _OPENING_LENGTH = 200
 
 # Words that a text in lower case is asked for first, which is quick, and what has to be there besides.
+_COMPARED = (
+    r"(?:^|[\s)'\"\d])(?:or|and)(?:[\s(]{1,9}(?:not\s{1,9})?|(?=['\"]))(?:['\"][^'\"]{0,40}['\"]|"
+    r"['\"\w.@-]{1,40})[\s)]{0,9}(?:[-+*/%]\s{0,3}[\w.]{1,20}\s{0,3})?(?:[=<>!^]|like\b|in\s{0,3}\()"
+)
+_COMPARING = ("=", "<", ">", "!", "^", "like", " in(", " in (")
 _CLAUSES: tuple[tuple[str, Pattern | None], ...] = tuple(
     (word, None if pattern is None else Pattern(pattern))
     for word, pattern in {
@@ -175,9 +180,8 @@ _CLAUSES: tuple[tuple[str, Pattern | None], ...] = tuple(
         r"prepare|rename|grant|reconfigure|commit|rollback|copy|if|begin|declare)\b",
         "shutdown": None,
         "copy": r"copy\W{1,3}[\w(]{1,40}\W{1,3}(?:from|to)\b",
-        "or": r"(?:^|[\s)'\"\d])(?:or|and)(?:[\s(]{1,9}(?:not\s{1,9})?|(?=['\"]))(?:['\"][^'\"]{0,40}['\"]|"
-        r"['\"\w.@-]{1,40})[\s)]{0,9}(?:[-+*/%]\s{0,3}[\w.]{1,20}\s{0,3})?(?:[=<>!^]|like\b|"
-        r"in\s{0,3}\()|(?:or|and)[\s(]{1,9}[\w.]{1,30}\(",
+        "or": _COMPARED,
+        "and": _COMPARED,
     }.items()
 )
 
@@ -185,15 +189,19 @@ _CLAUSES: tuple[tuple[str, Pattern | None], ...] = tuple(
 def _has_clause(reading: Reading) -> bool:
     lower = reading.lower
     reading.steps += len(lower)
+    compares = any(sign in lower for sign in _COMPARING)
     for word, pattern in _CLAUSES:
-        if (word in lower or (word == "or" and "and" in lower)) and (pattern is None or pattern.search(lower)):
-            reading.steps += len(lower)
+        if word not in lower or (word in ("or", "and") and not compares):
+            continue
+        reading.steps += len(lower)
+        if pattern is None or pattern.search(lower):
             return True
     position = lower.find("(")
     while position >= 0:
-        name = lower[max(0, position - _LONGEST_NAME) : position].rstrip()
-        found = _LAST_WORD.search(name)
-        if found is not None and found[0] in _TELLING:
+        # Backwards from the bracket: the name of what is called, and whether "and" or "or" is before it.
+        before = lower[max(0, position - _LONGEST_NAME) : position][::-1]
+        found = _CALLED.match(before)
+        if found is not None and (found[2] or found[1][::-1] in _TELLING):
             return True
         position = lower.find("(", position + 1)
     return False
