@@ -10,7 +10,7 @@ It works for applications under ``harden()``; everywhere else slowapi goes on as
 
 What a function of the application needs may not be known when the rate limit looks: what its own middlewares or
 dependencies put on ``request.state``, the parameters of the path. Such a default is counted behind the middlewares,
-such a decorator where slowapi itself would count: before the endpoint, in the memory of this process.
+such a decorator where slowapi itself would count: before the endpoint, in the memory of this process if that is async.
 
 Example:
     >>> from fastapi import FastAPI, Request
