@@ -61,7 +61,7 @@ _END = r"(?=\s{0,9}(?:$|[;|&`)\n\r#<>\"'}]|\\[nr]))"
 _AFTER_SEPARATOR = Pattern(
     rf"{_SEPARATOR}[\s;|&@({{\"'$!+]{{0,8}}(?:(?:sudo|nohup|exec|time|env|busybox|command|then|do|start|call|"
     rf"timeout\s\d{{1,5}})\s{{1,4}}){{0,2}}"
-    rf"{_PATHS}(?P<word>[a-z_][\w.-]{{0,24}})"
+    rf"{_PATHS}(?!base64,)(?P<word>[a-z_][\w.-]{{0,24}})"
 )
 _TAIL = Pattern(
     rf"(?P<ended>{_END})|(?P<glued>[<>,({{$%+]|/(?=[a-z?]\b))|"

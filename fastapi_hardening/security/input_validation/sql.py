@@ -177,7 +177,7 @@ _CLAUSES: tuple[tuple[str, Pattern | None], ...] = tuple(
         "&&": None,
         "grant": r"grant\W{1,3}(?:all|select|insert|update|delete|execute|dba|connect)\b",
         ";": r";\W{0,9}(?:drop|insert|delete|update|truncate|show|set|shutdown|handler|load|bulk|call|"
-        r"prepare|rename|grant|reconfigure|commit|rollback|copy|if|begin|declare)\b",
+        r"prepare|rename|grant|reconfigure|copy|if|begin|declare)\b",
         "shutdown": None,
         "copy": r"copy\W{1,3}[\w(]{1,40}\W{1,3}(?:from|to)\b",
         "or": _COMPARED,
@@ -367,7 +367,7 @@ _STATEMENTS: tuple[tuple[str, Pattern], ...] = tuple(
         "declare": r"(?:^|\W)declare @\w{1,40} (?:as )?(?:n?varchar|int|char|nchar|table|cursor|sysname|varbinary)",
         "set": r"; set @\w{1,40} :?= |; show (?:tables|databases|warnings|columns|variables|grants)|; "
         r"(?:shutdown|handler \w{1,40} open|load data|bulk insert|call \w{1,40} \(|prepare \w{1,40} from|rename table|"
-        r"grant \w{1,40} on|reconfigure|commit|rollback)",
+        r"grant \w{1,40} on|reconfigure)",
         "shutdown": r"['\"\d] ;? ?shutdown(?: with nowait)?(?:$| ;| --)",
         "grant": rf"^\W{{0,4}}(?:create user {_NAME} identified by|grant (?:all|select|insert|update|delete|"
         rf"execute|dba|connect)\b.{{0,60}} (?:on .{{1,60}} )?to )",
@@ -436,6 +436,8 @@ def _after_break_out(  # noqa: C901 - a list of questions
             continue
         if name in ("comment", "logic", "comparison", "concatenation", "expression", "call"):
             # A quote that ends a quotation or means feet and inches is followed by these, too.
+            if name == "expression" and quote == '"' and "&" not in letters:
+                continue
             if name in ("expression", "concatenation") and not _says_something(letters, tokens.text):
                 continue
             if prose or (quote != "'" and name in ("concatenation", "comparison")):

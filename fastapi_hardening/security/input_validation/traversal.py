@@ -55,7 +55,7 @@ _ABSOLUTE = Pattern(
     r"[^\s\"'<>|(){}]{0,400}(?:[a-z ]{0,30}[/\\.][^\s]{0,200})?$"
 )
 _SCHEME = Pattern(
-    r"(?:^|[=\"'\s(])(?:file:/{0,4}[/\\.a-z]|php://(?:filter|input|stdin|fd|memory|temp|"
+    r"(?:^|[=\"'\s(])(?:file:(?:[/\\]{1,4}|\.\.)|php://(?:filter|input|stdin|fd|memory|temp|"
     r"output)|expect://|phar://|zip://|glob://|compress\.\w{2,6}://|zlib://|ogg://|rar://|ssh2\.\w{2,6}://|"
     r"netdoc:/|jar:(?:file|https?):)"
 )

@@ -249,6 +249,15 @@ don\u2019t, can\u2019t; \u201cquoted\u201d
 日本語テキスト 😀
 Add a token; return True iff it is the end
 issue #5 or #6
+begin; commit; end
+file:notes.txt
+data:image/png;base64,iVBORw0KGgo=
+fn(*)(x)
+L'Union fait la force
+How do I use UNION SELECT in SQL?
+prove that 1 = 1 or 2 = 2
+(x or y) and z
+$(document).ready(function(){ })
 """.strip().splitlines()
 
 
