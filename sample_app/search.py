@@ -5,13 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from sqlalchemy import or_, select
 
-from fastapi_hardening import RateLimit
+from fastapi_hardening import Public, RateLimit
 from sample_app.database import CurrentSession
 from sample_app.models import Product
 from sample_app.schemas import Limit, Offset, ProductPage
 
 # A search reads the whole table, so a client may do it less often than anything else.
-router = APIRouter(prefix="/search", tags=["search"], dependencies=[RateLimit("120/minute", name="search")])
+router = APIRouter(prefix="/search", tags=["search"], dependencies=[Public(), RateLimit("120/minute", name="search")])
 
 
 @router.get("", response_model=ProductPage)

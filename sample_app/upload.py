@@ -6,9 +6,8 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Path, Response, UploadFile, status
 from sqlalchemy import select
 
-from fastapi_hardening import SecurityHeaders
+from fastapi_hardening import Public, RequirePermissions, SecurityHeaders
 from sample_app.database import CurrentSession
-from sample_app.dependencies import RequireAdmin
 from sample_app.models import Picture, Product
 from sample_app.schemas import ProductId, ProductOut
 
@@ -37,7 +36,7 @@ def sniff(data: bytes) -> str | None:
     "/admin/products/{product_id}/picture",
     response_model=ProductOut,
     max_body_size=MAX_BODY_BYTES,
-    dependencies=[RequireAdmin, SecurityHeaders(cache_control="no-store")],
+    dependencies=[RequirePermissions("products:write"), SecurityHeaders(cache_control="no-store")],
 )
 async def upload_picture(product_id: ProductId, file: UploadFile, session: CurrentSession) -> Product:
     """Give a product its picture: PNG, JPEG or WebP; 413 if it is too large, 415 if it is not what it claims to be."""
@@ -58,7 +57,7 @@ async def upload_picture(product_id: ProductId, file: UploadFile, session: Curre
     return product
 
 
-@router.get("/products/{product_id}/pictures/{digest}", response_class=Response)
+@router.get("/products/{product_id}/pictures/{digest}", response_class=Response, dependencies=[Public()])
 async def read_picture(
     product_id: ProductId, digest: Annotated[str, Path(pattern="^[0-9a-f]{64}$")], session: CurrentSession
 ) -> Response:
