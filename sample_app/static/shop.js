@@ -7,6 +7,7 @@ let query = "";
 let nextOffset = null;
 let basket = { lines: [], total_cents: 0 };
 let follower = null;
+let user = null;
 
 function fromTemplate(id) {
   return element(id).content.firstElementChild.cloneNode(true);
@@ -75,7 +76,7 @@ function follow(order) {
 }
 
 async function showAccount() {
-  const user = await call("/api/session");
+  user = await call("/api/session");
   element("sign-in").hidden = user !== null;
   element("sign-out").hidden = user === null;
   element("who").textContent = user?.name ?? "";
@@ -86,6 +87,11 @@ async function showAccount() {
 function followOrders() {
   const items = new Map();
   const news = new WebSocket(new URL("/api/orders/live", location.href.replace(/^http/, "ws")));
+  news.addEventListener("open", () => element("order-events").replaceChildren());
+  // Going away, or starting again: the shop asks anew who it is. Anything else is an end.
+  news.addEventListener("close", (event) => {
+    if (event.code === 1001 || event.code === 1012) setTimeout(followOrders, 2000);
+  });
   news.addEventListener("message", (message) => {
     const event = JSON.parse(message.data);
     const item = items.get(event.order_id) ?? fromTemplate("order-event");
@@ -110,7 +116,7 @@ element("order").addEventListener("submit", attempt(async (event) => {
   const body = JSON.stringify(Object.fromEntries(new FormData(event.target)));
   const order = await call("/api/orders", { method: "POST", body });
   event.target.reset();
-  follow(order);
+  if (!user) follow(order); // who is signed in is told of all orders anyway
   await Promise.all([showBasket(), showProducts()]);
 }));
 
