@@ -17,7 +17,7 @@ from sample_app import admin, basket, catalogue, live, orders, partners, search,
 from sample_app.database import Database, default_database_url
 from sample_app.users import ensure_admin
 
-# What each role may do; who has the second kind of role has the first as well.
+# What each role may do. A clerk may do whatever a customer may, and the admin whatever a clerk may.
 RBAC = {
     "roles": {"customer": [], "clerk": ["orders:*"], "admin": ["*"]},
     "inherits": {"clerk": ["customer"], "admin": ["clerk"]},
@@ -53,7 +53,7 @@ def create_app(database_url: str | None = None, admin_password: str | None = Non
     app = FastAPI(title="Hardened shop", lifespan=lifespan)
 
     # Who calls: people by a session, our app and services by a token, partners by a key; a websocket also by a ticket.
-    auth = {
+    auth: dict[str, object] = {
         "rbac": RBAC,
         "session": {"secrets": [secret("SHOP_SESSION_SECRET")]},
         "jwt": {
@@ -63,14 +63,17 @@ def create_app(database_url: str | None = None, admin_password: str | None = Non
             "secrets": [signing_secret],
         },
         "operations_permission": "operations:read",
-        "trusted_origins": origins(),
     }
-    cors = {
-        "allow_origins": origins(),
-        "allow_credentials": True,
-        "allow_methods": ["GET", "HEAD", "POST", "PUT", "DELETE"],
-        "allow_headers": ["Authorization"],
-    }
+    cors: dict[str, object] = {}
+    # Pages of the shop that are hosted elsewhere may read answers, and act for who is signed in.
+    if origins := os.environ.get("SHOP_ORIGINS", "").replace(",", " ").split():
+        auth["trusted_origins"] = origins
+        cors = {
+            "allow_origins": origins,
+            "allow_credentials": True,
+            "allow_methods": ["GET", "HEAD", "POST", "PUT", "DELETE"],
+            "allow_headers": ["Authorization"],
+        }
     api_keys = ApiKeys(partners.PartnerKeyTable(database), prefix="shop")
     tickets = Tickets()
     # The one call; all other settings come from HARDENING_* variables.
@@ -119,11 +122,6 @@ def secret(variable: str) -> str:
         )
         value = secrets.token_hex(32)
     return value
-
-
-def origins() -> list[str]:
-    """The origins of the shop's own pages that are hosted elsewhere, such as `https://www.shop.example`."""
-    return os.environ.get("SHOP_ORIGINS", "").replace(",", " ").split()
 
 
 app = create_app()

@@ -30,7 +30,7 @@ async def sign_in(
     """Sign in; 401 if the address or the password is wrong, which of them is not told."""
     sessions: Sessions = request.app.state.sessions
     throttle: LoginThrottle = request.app.state.throttle
-    async with throttle.attempt(credentials.email, context.client.key) as attempt:
+    async with throttle.attempt(credentials.email, context.client.own_key) as attempt:
         user = await users.authenticate(database, credentials.email, credentials.password.get_secret_value())
         if user is None:
             challenge = {"WWW-Authenticate": sessions.challenge}

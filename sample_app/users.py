@@ -39,7 +39,15 @@ async def authenticate(database: Database, email: str, password: str) -> Princip
         user = await find_user(session, email)
     # Outside of the session: a hash takes a while, and must not keep a connection of the pool.
     right = await hasher.verify(password, None if user is None else user.password_hash)
-    return principal_of(user) if user is not None and right else None
+    if user is None or not right:
+        return None
+    if hasher.needs_rehash(user.password_hash):
+        # Hashes are stronger today than when this one was made, and only now the password is at hand.
+        stronger = {"password_hash": await hasher.hash(password)}
+        async with database.session() as session:
+            await session.execute(update(User).where(User.id == user.id).values(stronger))
+            await session.commit()
+    return principal_of(user)
 
 
 async def load_principal(database: Database, user_id: str) -> Principal | None:

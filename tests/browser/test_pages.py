@@ -117,6 +117,38 @@ def test_page_of_another_site_signs_nobody_in(shop: str, serve: Serve, tab: Tab)
     assert opened is False
 
 
+def test_page_of_the_shop_that_is_hosted_elsewhere_uses_it(
+    serve: Serve, tab: Tab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It signs in, acts with the session, and reads what it is told, also a 429; a page of another origin does not."""
+    site = FastAPI()
+    site.add_api_route("/", lambda: HTMLResponse("<!doctype html><link rel=icon href='data:,'>"))
+    ours, theirs = serve(site), serve(site)
+    monkeypatch.setenv("SHOP_ORIGINS", ours)
+    shop = serve(create_app(f"sqlite+aiosqlite:///{tmp_path / 'shop.sqlite3'}", "the password of the tests"))
+
+    def ask(method: str, path: str, body: str = "") -> Any:
+        """The status and the body that the page reads; nothing if the browser keeps them from it."""
+        sent = {"method": method, "credentials": "include"} | ({"body": body} if body else {})
+        return tab.page.evaluate(
+            """([address, sent]) => fetch(address, {headers: {"Content-Type": "application/json"}, ...sent})
+                .then(async (answer) => [answer.status, await answer.json()]).catch(() => null)""",
+            [shop + path, sent],
+        )
+
+    admin = '{"email": "admin@shop.example", "password": "the password of the tests"}'
+    tab.page.goto(ours)
+    assert ask("POST", "/api/session", admin)[0] == 200
+    assert ask("PUT", "/api/basket/1", '{"quantity": 2}')[1]["total_cents"] == 2900
+    refused = [ask("POST", "/api/session", admin.replace("tests", "guess"))[0] for _ in range(10)]
+    assert refused[-1] == 429
+    tab.page.goto(theirs)
+    assert ask("GET", "/api/products") is None
+    assert ask("PUT", "/api/basket/1", '{"quantity": 3}') is None
+    tab.page.goto(ours)
+    assert ask("GET", "/api/basket")[1]["total_cents"] == 2900
+
+
 def test_documentation_of_the_shop_shows_every_operation(shop: str, tab: Tab) -> None:
     """Without a foreign host and without a complaint."""
     tab.page.goto(f"{shop}/docs")

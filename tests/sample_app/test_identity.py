@@ -8,7 +8,10 @@ from pathlib import Path
 import httpx2
 import pytest
 from asgi_lifespan import LifespanManager
+from fastapi import FastAPI
 
+from fastapi_hardening.security.auth import PasswordHasher, PasswordSettings
+from sample_app import users
 from sample_app.database import Database
 from sample_app.main import create_app
 from sample_app.users import authenticate, ensure_admin
@@ -77,6 +80,20 @@ async def test_wrong_password_and_unknown_address_get_one_answer(client: httpx2.
     assert [answer.status_code for answer in answers] == [401, 401]
     assert answers[0].json()["detail"] == answers[1].json()["detail"]
     assert {answer.headers["www-authenticate"] for answer in answers} == {'Cookie cookie-name="session"'}
+
+
+async def test_hash_gets_stronger_at_a_login(
+    client: httpx2.AsyncClient, shop: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When hashes cost more than they did, that of an account follows; who logs in notices nothing."""
+    await register(client)
+    monkeypatch.setattr(users, "hasher", PasswordHasher(PasswordSettings(time_cost=3)))
+    for _ in range(2):
+        assert (await sign_in(client)).status_code == 200
+    async with shop.state.database.session() as session:
+        user = await users.find_user(session, CUSTOMER["email"])
+    assert user is not None
+    assert "t=3" in user.password_hash
 
 
 async def test_guessing_is_slowed_down(client: httpx2.AsyncClient) -> None:
