@@ -396,7 +396,7 @@ async def _serving(folder: Path, workers: int, url: str | None) -> AsyncIterator
     environment = {
         **os.environ,
         "SHOP_DATABASE_URL": f"sqlite+aiosqlite:///{folder / 'shop.sqlite3'}",
-        "SHOP_ADMIN_TOKEN": "the token of the benchmark",
+        "SHOP_ADMIN_PASSWORD": "the password of the benchmark",
         "HARDENING_RATE_LIMIT__DEFAULT": ONE,
         "HARDENING_ADDRESS_LIMIT__LIMIT": ONE,
         "HARDENING_WORKERS": str(workers),

@@ -1,28 +1,32 @@
-"""The shopkeeper's part: every route needs the `X-Admin-Token` header."""
+"""The part of those who work here: each route names the permission that it needs, and `main.py` who has it."""
 
 import csv
 import io
 from collections.abc import AsyncIterator, Iterable
+from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, HTTPException, Response, status
+from fastapi import APIRouter, HTTPException, Path, Request, Response, status
 from fastapi.responses import StreamingResponse
 from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_hardening import RateLimit, SecurityHeaders
+from fastapi_hardening import RateLimit, RequirePermissions, RequireUser, SecurityHeaders
 from sample_app.database import CurrentSession
-from sample_app.dependencies import RequireAdmin
 from sample_app.models import Order, OrderEvent, OrderLine, OrderStatus, Product
-from sample_app.schemas import DeliveryIn, NewProductIn, OrderOut, ProductId, ProductIn, ProductOut
+from sample_app.schemas import DeliveryIn, NewProductIn, OrderOut, ProductId, ProductIn, ProductOut, RoleIn
+from sample_app.tokens import end_everything
+from sample_app.users import find_user
 
 router = APIRouter(
     prefix="/admin",
     tags=["admin"],
-    # The limit comes first: guessing the token costs what using it costs.
-    dependencies=[RateLimit("60/minute", name="admin"), RequireAdmin, SecurityHeaders(cache_control="no-store")],
+    # Whatever a route forgets to say, nobody gets here without an account.
+    dependencies=[RequireUser(), RateLimit("60/minute", name="admin"), SecurityHeaders(cache_control="no-store")],
 )
+write_products = RequirePermissions("products:write")
+write_users = RequirePermissions("users:write")
 
 
 async def _change_product(session: AsyncSession, product_id: int, **values: object) -> Product:
@@ -34,7 +38,7 @@ async def _change_product(session: AsyncSession, product_id: int, **values: obje
     return changed
 
 
-@router.post("/products", status_code=status.HTTP_201_CREATED, response_model=ProductOut)
+@router.post("/products", status_code=status.HTTP_201_CREATED, response_model=ProductOut, dependencies=[write_products])
 async def add_product(new: NewProductIn, session: CurrentSession, response: Response) -> Product:
     """Add a product; 409 if the name is taken."""
     product = Product(**new.model_dump())
@@ -44,7 +48,7 @@ async def add_product(new: NewProductIn, session: CurrentSession, response: Resp
     return product
 
 
-@router.put("/products/{product_id}", response_model=ProductOut)
+@router.put("/products/{product_id}", response_model=ProductOut, dependencies=[write_products])
 async def change_product(product_id: ProductId, product: ProductIn, session: CurrentSession) -> Product:
     """Describe or price a product anew; orders keep the price of their day."""
     try:
@@ -53,13 +57,13 @@ async def change_product(product_id: ProductId, product: ProductIn, session: Cur
         raise HTTPException(status.HTTP_409_CONFLICT, "Another product has that name.") from None
 
 
-@router.post("/products/{product_id}/deliveries", response_model=ProductOut)
+@router.post("/products/{product_id}/deliveries", response_model=ProductOut, dependencies=[write_products])
 async def take_delivery(product_id: ProductId, delivery: DeliveryIn, session: CurrentSession) -> Product:
     """Add to the stock. Setting it to a number would undo the orders placed meanwhile."""
     return await _change_product(session, product_id, stock=Product.stock + delivery.quantity)
 
 
-@router.post("/orders/{order_id}/shipment", response_model=OrderOut)
+@router.post("/orders/{order_id}/shipment", response_model=OrderOut, dependencies=[RequirePermissions("orders:ship")])
 async def ship_order(order_id: UUID, session: CurrentSession) -> Order:
     """Note that an order left the house; 409 if it has already."""
     order = await session.get(Order, order_id)
@@ -70,7 +74,21 @@ async def ship_order(order_id: UUID, session: CurrentSession) -> Order:
     return order
 
 
-@router.get("/orders.csv", response_class=StreamingResponse)
+@router.put("/users/{email}/role", status_code=status.HTTP_204_NO_CONTENT, dependencies=[write_users])
+async def change_role(
+    email: Annotated[str, Path(max_length=254)], new: RoleIn, session: CurrentSession, request: Request
+) -> None:
+    """Make a user a customer, a clerk or an admin; they have to sign in again."""
+    user = await find_user(session, email)
+    if user is None:
+        raise HTTPException(status.HTTP_404_NOT_FOUND, "There is no such user.")
+    user.role = new.role
+    await session.commit()
+    # The role is in the cookie and in the tokens that they have.
+    await end_everything(request.app, str(user.id))
+
+
+@router.get("/orders.csv", response_class=StreamingResponse, dependencies=[RequirePermissions("orders:export")])
 async def export_orders(session: CurrentSession) -> StreamingResponse:
     """Export all orders, one row for each product; streamed, so that memory does not grow with the shop."""
     return StreamingResponse(

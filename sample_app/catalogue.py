@@ -3,11 +3,12 @@
 from fastapi import APIRouter, HTTPException, status
 from sqlalchemy import select
 
+from fastapi_hardening import Public
 from sample_app.database import CurrentSession
 from sample_app.models import Product
 from sample_app.schemas import Limit, Offset, ProductId, ProductOut, ProductPage
 
-router = APIRouter(prefix="/products", tags=["catalogue"])
+router = APIRouter(prefix="/products", tags=["catalogue"], dependencies=[Public()])
 
 
 @router.get("", response_model=ProductPage)

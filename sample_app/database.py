@@ -6,12 +6,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends
 from sqlalchemy import delete, event, make_url, text
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
+from starlette.requests import HTTPConnection
 
 from sample_app.models import Base, BasketItem, Product, utc_now
 
@@ -76,8 +77,9 @@ class Database:
             await session.execute(text("SELECT 1 FROM product LIMIT 1"))
 
 
-async def _database(request: Request) -> Database:
-    database: Database = request.app.state.database
+# A connection, not a request, so that it works on websockets, too.
+async def _database(connection: HTTPConnection) -> Database:
+    database: Database = connection.app.state.database
     return database
 
 

@@ -1,40 +1,44 @@
-"""Who is asking: the anonymous shopper, or the shopkeeper. Logins would replace what is in this file only."""
+"""Who shops: a user who is signed in, or somebody of whom only a cookie is known."""
 
 import hashlib
 import re
 import secrets
 from typing import Annotated
 
-from fastapi import Depends, HTTPException, Request, Response, status
-from fastapi.security import APIKeyHeader
+from fastapi import Depends, Request, Response
+
+from fastapi_hardening import OptionalUser, Principal
 
 COOKIE = "shopper"
 COOKIE_SECONDS = 30 * 24 * 3600
 _WELL_FORMED = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
 
 
-async def _shopper(request: Request, response: Response) -> str:
+def shopper_of(user: Principal) -> str:
+    """The shopper that somebody who is signed in is; no digest of a cookie looks like it."""
+    return f"user:{user.id}"
+
+
+def anonymous_shopper(request: Request) -> str | None:
+    """The shopper who holds the cookie of this request, if there is one."""
     secret = request.cookies.get(COOKIE, "")
-    if not _WELL_FORMED.fullmatch(secret):
+    return _digest(secret) if _WELL_FORMED.fullmatch(secret) else None
+
+
+async def _shopper(request: Request, response: Response, user: OptionalUser) -> str:
+    shopper = anonymous_shopper(request) if user is None else shopper_of(user)
+    if shopper is None:
         secret = secrets.token_urlsafe(32)
         response.set_cookie(
             COOKIE, secret, max_age=COOKIE_SECONDS, httponly=True, samesite="lax", secure=request.url.scheme == "https"
         )
+        shopper = _digest(secret)
+    return shopper
+
+
+def _digest(secret: str) -> str:
     # Only the digest is stored: who reads the database cannot become the shopper.
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 Shopper = Annotated[str, Depends(_shopper)]
-
-_admin_token = APIKeyHeader(name="X-Admin-Token", description="The value of SHOP_ADMIN_TOKEN.")
-
-
-async def _require_admin(request: Request, token: Annotated[str, Depends(_admin_token)]) -> None:
-    # Compared as bytes, because `compare_digest` raises on text that is not ASCII.
-    if not secrets.compare_digest(token.encode(), request.app.state.admin_token.encode()):
-        raise HTTPException(
-            status.HTTP_401_UNAUTHORIZED, "The admin token is wrong.", headers={"WWW-Authenticate": "APIKey"}
-        )
-
-
-RequireAdmin = Depends(_require_admin)

@@ -1,4 +1,4 @@
-"""The tables. Money is whole cents; a shopper is known only by the digest of the cookie."""
+"""The tables. Money is whole cents; a shopper is a user, or somebody of whom only the digest of a cookie is known."""
 
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -15,6 +15,41 @@ def utc_now() -> datetime:
 
 class Base(DeclarativeBase):
     """What all tables have in common."""
+
+
+class Role(StrEnum):
+    """What a user is; `main.py` says what each may do."""
+
+    CUSTOMER = "customer"
+    CLERK = "clerk"
+    ADMIN = "admin"
+
+
+class User(Base):
+    """Somebody with an account."""
+
+    __tablename__ = "user_account"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    email: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str]
+    role: Mapped[Role] = mapped_column(default=Role.CUSTOMER)
+    password_hash: Mapped[str]
+
+
+class PartnerKey(Base):
+    """An API key of a partner. The key itself is nowhere, only a digest."""
+
+    __tablename__ = "partner_key"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[bytes]
+    subject: Mapped[str]
+    scopes: Mapped[str]
+    created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    last_used_at: Mapped[float | None]
+    revoked: Mapped[bool]
 
 
 class Product(Base):

@@ -5,9 +5,9 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import Path, Query
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, StringConstraints
 
-from sample_app.models import OrderStatus
+from sample_app.models import OrderStatus, Role
 
 # Larger numbers than the database can hold would be a 500.
 MAX_ID = 2**31 - 1
@@ -20,6 +20,9 @@ Line = Annotated[
     str, StringConstraints(strip_whitespace=True, min_length=1, max_length=120, pattern=r"^[^\x00-\x1f\x7f]+$")
 ]
 Email = Annotated[str, StringConstraints(max_length=254, pattern=r"^[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+$")]
+# No rules but a limit: what may be chosen is the business of the password policy, which says why not. The value is kept
+# out of every representation, so that no log has it.
+Password = Annotated[SecretStr, Field(min_length=1, max_length=1000)]
 
 
 def _only_a_number(value: object) -> object:
@@ -121,3 +124,62 @@ class OrderOut(Output):
     placed_at: UtcTime
     lines: list[LineOut]
     total_cents: int
+
+
+class CredentialsIn(Input):
+    """What somebody signs in with."""
+
+    email: Email
+    password: Password
+
+
+class NewUserIn(CredentialsIn):
+    """Somebody who wants an account."""
+
+    name: Line
+
+
+class UserOut(Output):
+    """Somebody who is signed in, as they see themselves."""
+
+    id: str
+    name: str
+    roles: list[str]
+
+
+class RoleIn(Input):
+    """What a user shall be from now on."""
+
+    role: Role
+
+
+class NewKeyIn(Input):
+    """A partner that needs a key."""
+
+    partner: Line
+    days: Annotated[int, Field(ge=1, le=365), Number] = 90
+
+
+class KeyOut(Output):
+    """A key as the list shows it; nothing of it opens anything."""
+
+    id: str
+    partner: str
+    scopes: list[str]
+    expires_at: float | None
+    last_used_at: float | None
+    revoked: bool
+
+
+class NewKeyOut(KeyOut):
+    """A new key: the only answer in which it can be read."""
+
+    key: str
+
+
+class StockOut(Output):
+    """How much of a product there is."""
+
+    id: int
+    name: str
+    stock: int

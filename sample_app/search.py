@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from sqlalchemy import or_, select
 
-from fastapi_hardening import InputPolicy, RateLimit
+from fastapi_hardening import InputPolicy, Public, RateLimit
 from sample_app.database import CurrentSession
 from sample_app.models import Product
 from sample_app.schemas import Limit, Offset, ProductPage
@@ -15,7 +15,7 @@ from sample_app.schemas import Limit, Offset, ProductPage
 router = APIRouter(
     prefix="/search",
     tags=["search"],
-    dependencies=[RateLimit("120/minute", name="search"), InputPolicy(mode="report")],
+    dependencies=[Public(), RateLimit("120/minute", name="search"), InputPolicy(mode="report")],
 )
 
 

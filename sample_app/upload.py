@@ -6,9 +6,8 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Path, Response, UploadFile, status
 from sqlalchemy import select
 
-from fastapi_hardening import InputPolicy, SecurityHeaders
+from fastapi_hardening import InputPolicy, Public, RequirePermissions, SecurityHeaders
 from sample_app.database import CurrentSession
-from sample_app.dependencies import RequireAdmin
 from sample_app.models import Picture, Product
 from sample_app.schemas import ProductId, ProductOut
 
@@ -39,7 +38,7 @@ def sniff(data: bytes) -> str | None:
     max_body_size=MAX_BODY_BYTES,
     # The name of the file is not used, so it may be whatever it is.
     dependencies=[
-        RequireAdmin,
+        RequirePermissions("products:write"),
         SecurityHeaders(cache_control="no-store"),
         InputPolicy(allow={"body.file.filename": ["traversal"]}),
     ],
@@ -63,7 +62,7 @@ async def upload_picture(product_id: ProductId, file: UploadFile, session: Curre
     return product
 
 
-@router.get("/products/{product_id}/pictures/{digest}", response_class=Response)
+@router.get("/products/{product_id}/pictures/{digest}", response_class=Response, dependencies=[Public()])
 async def read_picture(
     product_id: ProductId, digest: Annotated[str, Path(pattern="^[0-9a-f]{64}$")], session: CurrentSession
 ) -> Response:

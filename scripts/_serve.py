@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -14,9 +15,14 @@ The shop is at  {shop}/
 its API at      {shop}/docs
 its health at   {shop}/health
 
+Register, or sign in, at {shop}/login
+the admin is             admin@shop.example
+with the password        {password}
+
 Try:
   curl -i {shop}/api/products    # a good answer, with its security headers
   curl -i {shop}/no-such-page    # a 404: the problem document
+  curl -i {shop}/api/admin/orders.csv    # a 401: who may see that?
   curl -i {shop}/readyz          # 200, or 503 while it starts or drains
 
 Ctrl-C ends it.
@@ -60,6 +66,16 @@ def find_port(host: str, wish: str) -> int:
     sys.exit(f"No port is free on {host} from {wish} on; choose another with PORT=...")
 
 
+def set_secrets() -> str:
+    """Give all workers the same secrets, new ones at each start where none are set; returns the admin's password."""
+    for variable in ("SHOP_SESSION_SECRET", "SHOP_SIGNING_SECRET"):
+        os.environ.setdefault(variable, secrets.token_hex(32))
+    if "SHOP_ADMIN_PASSWORD" in os.environ:
+        return "that is in SHOP_ADMIN_PASSWORD"
+    os.environ["SHOP_ADMIN_PASSWORD"] = password = secrets.token_urlsafe(15)
+    return password
+
+
 def main() -> None:
     """Tell where the shop will be, and serve it there."""
     from click.core import ParameterSource  # noqa: PLC0415 - slow, and no business of the other processes
@@ -74,7 +90,8 @@ def main() -> None:
     scheme = "https" if context.params["ssl_certfile"] else "http"
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
     if "--help" not in arguments and "--version" not in arguments:
-        print(WELCOME.format(shop=f"{scheme}://{shown}:{port}"), flush=True)
+        password = set_secrets()
+        print(WELCOME.format(shop=f"{scheme}://{shown}:{port}", password=password), flush=True)
     uvicorn(arguments, prog_name="scripts/run")
 
 

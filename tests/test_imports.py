@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import fastapi_hardening
+from fastapi_hardening.security import auth
 
 OPTIONAL = ("redis", "httpx2", "argon2", "itsdangerous", "nh3", "rich", "fastapi_offline")
 
@@ -61,6 +62,16 @@ def test_package_works_without_its_extras() -> None:
 def test_extras_are_not_imported_unless_they_are_used() -> None:
     """Where they are installed, optional dependencies are left alone until something needs them."""
     assert run(HARDEN + f"print([n for n in {OPTIONAL} if n in sys.modules])") == "[]"
+
+
+def test_what_signs_tokens_is_imported_when_it_is_asked_for() -> None:
+    """The names of authentication are in one place, and who issues no tokens does not pay for those who do."""
+    asked = "import fastapi_hardening.security.auth as auth; before = 'jose' in sys.modules; auth.TokenIssuer; "
+    assert run(HARDEN + asked + "print(before, 'jose' in sys.modules)") == "False True"
+    for name in auth.__all__:
+        assert getattr(auth, name).__name__ == name or name in ("CurrentUser", "OptionalUser")
+    with pytest.raises(AttributeError, match="TokenIsuer"):
+        auth.TokenIsuer  # noqa: B018 - reading it is what fails
 
 
 def test_every_module_can_be_imported_first() -> None:

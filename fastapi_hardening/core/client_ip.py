@@ -55,6 +55,11 @@ class ClientAddress:
     known: bool = True
     behind_unknown_proxy: bool = False
 
+    @property
+    def own_key(self) -> str | None:
+        """The key, or ``None`` where many share it, none of whom may be locked out for what another one does."""
+        return self.key if self.known and not self.behind_unknown_proxy else None
+
 
 @dataclass(frozen=True, slots=True)
 class UnknownProxySeen:

@@ -1,35 +1,13 @@
 // No innerHTML and no inline handlers: whatever a product is called, it is text.
 "use strict";
 
-const element = (id) => document.getElementById(id);
 const money = (cents) => (cents / 100).toLocaleString(undefined, { style: "currency", currency: "EUR" });
-const say = (text) => { element("message").textContent = text; };
 
 let query = "";
 let nextOffset = null;
 let basket = { lines: [], total_cents: 0 };
 let follower = null;
-
-// Every error of the API is a problem document; its id finds the request in the log.
-async function call(path, options = {}) {
-  const answer = await fetch(path, { headers: { "Content-Type": "application/json" }, ...options });
-  if (answer.ok) return answer.status === 204 ? null : answer.json();
-  const problem = await answer.json().catch(() => ({}));
-  const reference = answer.headers.get("X-Request-ID");
-  throw new Error(`${problem.detail || problem.title || answer.status} (reference ${reference})`);
-}
-
-function attempt(work) {
-  return async (event) => {
-    event?.preventDefault();
-    say("");
-    try {
-      await work(event);
-    } catch (error) {
-      say(error.message);
-    }
-  };
-}
+let user = null;
 
 function fromTemplate(id) {
   return element(id).content.firstElementChild.cloneNode(true);
@@ -97,6 +75,38 @@ function follow(order) {
   }
 }
 
+async function showAccount() {
+  user = await call("/api/session");
+  element("sign-in").hidden = user !== null;
+  element("sign-out").hidden = user === null;
+  element("who").textContent = user?.name ?? "";
+  if (user) followOrders();
+}
+
+// The browser sends the session's cookie with the handshake; the shop refuses it if another site asks.
+function followOrders() {
+  const items = new Map();
+  const news = new WebSocket(new URL("/api/orders/live", location.href.replace(/^http/, "ws")));
+  news.addEventListener("open", () => element("order-events").replaceChildren());
+  // Going away, or starting again: the shop asks anew who it is. Anything else is an end.
+  news.addEventListener("close", (event) => {
+    if (event.code === 1001 || event.code === 1012) setTimeout(followOrders, 2000);
+  });
+  news.addEventListener("message", (message) => {
+    const event = JSON.parse(message.data);
+    const item = items.get(event.order_id) ?? fromTemplate("order-event");
+    items.set(event.order_id, item);
+    item.querySelector(".name").textContent = `Order ${event.order_id.slice(0, 8)}`;
+    item.querySelector(".status").textContent = event.status;
+    element("order-events").prepend(item);
+    element("news").hidden = false;
+  });
+}
+
+element("sign-out").addEventListener("click", attempt(async () => {
+  await call("/api/session", { method: "DELETE" });
+  location.reload();
+}));
 element("search").addEventListener("submit", attempt(async (event) => {
   query = new FormData(event.target).get("q").trim();
   await showProducts();
@@ -106,8 +116,8 @@ element("order").addEventListener("submit", attempt(async (event) => {
   const body = JSON.stringify(Object.fromEntries(new FormData(event.target)));
   const order = await call("/api/orders", { method: "POST", body });
   event.target.reset();
-  follow(order);
+  if (!user) follow(order); // who is signed in is told of all orders anyway
   await Promise.all([showBasket(), showProducts()]);
 }));
 
-attempt(() => Promise.all([showProducts(), showBasket()]))();
+attempt(() => Promise.all([showProducts(), showBasket(), showAccount()]))();

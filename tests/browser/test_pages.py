@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from fastapi.templating import Jinja2Templates
 from jinja2 import DictLoader, Environment
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, expect
 
 from fastapi_hardening import Hardening, RateLimit, SecurityHeaders, Settings, csp_nonce_context, harden
 from fastapi_hardening.security.security_headers import STRICT_CSP
@@ -26,7 +26,7 @@ PAGE = """<!doctype html><html lang="en"><head><title>Page</title><link rel="ico
 @pytest.fixture
 def shop(tmp_path: Path, serve: Serve) -> str:
     """Give the address of the sample shop, with a new database."""
-    return serve(create_app(f"sqlite+aiosqlite:///{tmp_path / 'shop.sqlite3'}", "the-token-of-the-tests"))
+    return serve(create_app(f"sqlite+aiosqlite:///{tmp_path / 'shop.sqlite3'}", "the password of the tests"))
 
 
 def blog() -> tuple[FastAPI, Hardening]:
@@ -53,6 +53,100 @@ def test_shop_sells_under_the_strictest_policy(shop: str, tab: Tab) -> None:
     expect(tab.page.locator("#order-status")).to_contain_text("is confirmed")
     tab.picture("shop")
     assert tab.complaints == []
+
+
+def fill_in(form: Locator, **fields: str) -> None:
+    """Types into the fields of a form, and sends it."""
+    for name, value in fields.items():
+        form.locator(f"[name={name}]").fill(value)
+    form.locator("button").click()
+
+
+def test_somebody_registers_buys_signs_out_and_in_again(shop: str, tab: Tab) -> None:
+    """The basket comes along, the order is told live, and signing out leaves nothing behind; nothing is blocked."""
+    ada = {"email": "ada@example.org", "password": "correct horse battery staple"}
+    tab.page.goto(shop)
+    tab.page.locator("#products button").first.click()
+    expect(tab.page.locator("#basket li")).to_have_count(1)
+    tab.page.get_by_role("link", name="Sign in").click()
+    tab.picture("shop-login")
+    fill_in(tab.page.locator("#register"), name="Ada", **ada)
+    expect(tab.page.locator("#who")).to_have_text("Ada")
+    expect(tab.page.locator("#basket li")).to_have_count(1)
+    fill_in(tab.page.locator("#order"), name="Ada", email=ada["email"])
+    expect(tab.page.locator("#order-events .status")).to_have_text("confirmed")
+    tab.picture("shop-signed-in")
+    with tab.page.expect_navigation():
+        tab.page.get_by_role("button", name="Sign out").click()
+    expect(tab.page.get_by_role("link", name="Sign in")).to_be_visible()
+    expect(tab.page.get_by_role("button", name="Sign out")).to_be_hidden()
+    assert "session" not in {cookie["name"] for cookie in tab.page.context.cookies()}
+    tab.page.goto(f"{shop}/login")
+    fill_in(tab.page.locator("#login"), **ada)
+    expect(tab.page.locator("#who")).to_have_text("Ada")
+    expect(tab.page.locator("#order-events .status")).to_have_text("confirmed")
+    assert tab.complaints == []
+
+
+def test_wrong_password_is_told_on_the_page(shop: str, tab: Tab) -> None:
+    """With the id that finds it in the log, and without leaving the page."""
+    tab.page.goto(f"{shop}/login")
+    fill_in(tab.page.locator("#login"), email="ada@example.org", password="a guess")
+    expect(tab.page.locator("#message")).to_contain_text("The e-mail or the password is wrong. (reference ")
+    tab.picture("shop-login-refused")
+    assert tab.page.url == f"{shop}/login"
+
+
+def test_page_of_another_site_signs_nobody_in(shop: str, serve: Serve, tab: Tab) -> None:
+    """It can have a browser send the form, which the shop refuses; and a websocket, which it refuses as well."""
+    site = FastAPI()
+    site.add_api_route("/", lambda: HTMLResponse("<!doctype html><link rel=icon href='data:,'>"))
+    tab.page.goto(serve(site, "localhost"))
+    body = '{"email": "admin@shop.example", "password": "the password of the tests"}'
+    send = f"fetch('{shop}/api/session', {{method: 'POST', mode: 'no-cors', body: '{body}', credentials: 'include'}})"
+    tab.page.evaluate(f"{send}.catch(() => null)")
+    assert tab.page.context.cookies() == []
+    address = shop.replace("http", "ws")
+    opened = tab.page.evaluate(
+        f"""new Promise((told) => {{
+            const socket = new WebSocket("{address}/api/orders/live");
+            socket.onopen = () => told(true);
+            socket.onerror = () => told(false);
+        }})"""
+    )
+    assert opened is False
+
+
+def test_page_of_the_shop_that_is_hosted_elsewhere_uses_it(
+    serve: Serve, tab: Tab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It signs in, acts with the session, and reads what it is told, also a 429; a page of another origin does not."""
+    site = FastAPI()
+    site.add_api_route("/", lambda: HTMLResponse("<!doctype html><link rel=icon href='data:,'>"))
+    ours, theirs = serve(site), serve(site)
+    monkeypatch.setenv("SHOP_ORIGINS", ours)
+    shop = serve(create_app(f"sqlite+aiosqlite:///{tmp_path / 'shop.sqlite3'}", "the password of the tests"))
+
+    def ask(method: str, path: str, body: str = "") -> Any:
+        """The status and the body that the page reads; nothing if the browser keeps them from it."""
+        sent = {"method": method, "credentials": "include"} | ({"body": body} if body else {})
+        return tab.page.evaluate(
+            """([address, sent]) => fetch(address, {headers: {"Content-Type": "application/json"}, ...sent})
+                .then(async (answer) => [answer.status, await answer.json()]).catch(() => null)""",
+            [shop + path, sent],
+        )
+
+    admin = '{"email": "admin@shop.example", "password": "the password of the tests"}'
+    tab.page.goto(ours)
+    assert ask("POST", "/api/session", admin)[0] == 200
+    assert ask("PUT", "/api/basket/1", '{"quantity": 2}')[1]["total_cents"] == 2900
+    refused = [ask("POST", "/api/session", admin.replace("tests", "guess"))[0] for _ in range(10)]
+    assert refused[-1] == 429
+    tab.page.goto(theirs)
+    assert ask("GET", "/api/products") is None
+    assert ask("PUT", "/api/basket/1", '{"quantity": 3}') is None
+    tab.page.goto(ours)
+    assert ask("GET", "/api/basket")[1]["total_cents"] == 2900
 
 
 def test_documentation_of_the_shop_shows_every_operation(shop: str, tab: Tab) -> None:

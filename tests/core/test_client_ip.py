@@ -131,13 +131,16 @@ def test_an_unknown_proxy_is_not_believed_and_told_of_once(caplog: pytest.LogCap
         clients = [resolver.resolve("10.0.0.7", [b"203.0.113.9"]) for _ in range(3)]
     assert {client.address for client in clients} == {"10.0.0.7"}
     assert all(client.behind_unknown_proxy for client in clients)
+    assert all(client.own_key is None for client in clients)
     assert events.count(UnknownProxySeen) == 1
     assert [record.getMessage().count("HARDENING_TRUSTED_PROXIES") for record in caplog.records] == [1]
 
 
 def test_a_public_peer_with_forwarding_headers_is_only_a_liar() -> None:
     """Wide limits are for proxies, and a proxy of yours has a private address."""
-    assert not ClientAddressResolver().resolve("8.8.8.8", [b"1.1.1.1"]).behind_unknown_proxy
+    client = ClientAddressResolver().resolve("8.8.8.8", [b"1.1.1.1"])
+    assert not client.behind_unknown_proxy
+    assert client.own_key == "8.8.8.8"
 
 
 def test_somebody_who_trusts_a_proxy_is_told_of_no_other() -> None:

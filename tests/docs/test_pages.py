@@ -6,6 +6,7 @@ import runpy
 import shlex
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,16 +86,28 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """Gives the sample shop, as a reader of the tutorial has it running."""
     before = {variable: os.environ.pop(variable) for variable in list(os.environ) if variable.startswith("HARDENING_")}
     database = tmp_path_factory.mktemp("shop") / "shop.sqlite3"
-    app = create_app(f"sqlite+aiosqlite:///{database}", "the token of the tests")
+    app = create_app(f"sqlite+aiosqlite:///{database}", "the password of the tests")
     os.environ.update(before)
     with TestClient(app, base_url=SHOP) as client:
         yield client
 
 
+@contextmanager
+def cookies_of(shop: TestClient, jar: set[str]) -> Iterator[None]:
+    """The calls run in the order of the pages; a cookie that one of them keeps (-c) later ones may send (-b)."""
+    kept = dict(shop.cookies)
+    if "-b" not in jar:
+        shop.cookies.clear()
+    yield
+    if "-c" not in jar:
+        shop.cookies.clear()
+        shop.cookies.update(kept)
+
+
 @pytest.mark.parametrize("command", curls())
 def test_curl_gets_what_its_comment_says(command: str, shop: TestClient) -> None:
     """A call of the sample shop finds its path, and its answer has the status that stands behind it."""
-    method, url, headers, data = "GET", "", {}, None
+    method, url, headers, data, jar = "GET", "", {}, "", set()
     words = iter(shlex.split(command, comments=True)[1:])
     for word in words:
         if word in ("-X", "--request"):
@@ -102,16 +115,23 @@ def test_curl_gets_what_its_comment_says(command: str, shop: TestClient) -> None
         elif word in ("-H", "--header"):
             field, _, value = next(words).partition(":")
             headers[field] = value.strip()
-        elif word in ("-d", "--data", "--json"):
+        elif word == "--json":
             data, method = next(words), "POST"
             headers.setdefault("Content-Type", "application/json")
+        elif word in ("-d", "--data", "--data-urlencode"):
+            data, method = "&".join(filter(None, (data, next(words)))), "POST"
+            headers.setdefault("Content-Type", "application/x-www-form-urlencoded")
+        elif word in ("-b", "-c"):
+            assert next(words) == "cookies"
+            jar.add(word)
         elif word in ("-I", "--head"):
             method = "HEAD"
         elif word.startswith("http"):
             url = word
         else:
             assert word in ("-i", "-s"), f"{word} is new here: teach the test what it does"
-    answer = shop.request(method, url, headers=headers, content=data, follow_redirects=False)
+    with cookies_of(shop, jar):
+        answer = shop.request(method, url, headers=headers, content=data or None, follow_redirects=False)
     said = re.search(r"# (\d{3})\b", command)
     assert answer.status_code == int(said[1]) if said else answer.status_code != 404
 

@@ -1,9 +1,7 @@
-"""What the shop promises to shoppers, to its shopkeeper, and against people who are neither."""
+"""What the shop promises to shoppers, and how it starts."""
 
 import asyncio
-import csv
 import json
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import httpx2
@@ -13,68 +11,11 @@ from fastapi import FastAPI
 from sqlalchemy import text
 
 from sample_app.database import Database
-from sample_app.main import create_app
-from sample_app.upload import MAX_PICTURE_BYTES, sniff
+from tests.sample_app.conftest import CUSTOMER, SHOP, NewClient, make_shop, order
 
 pytestmark = pytest.mark.anyio
 
-ADMIN_TOKEN = "the-token-of-the-tests"
-ADMIN = {"X-Admin-Token": ADMIN_TOKEN}
 LAST_ITEM = 6  # the seeded product of which there is one
-CUSTOMER = {"name": "Ada", "email": "ada@example.org"}
-PNG = bytes.fromhex(
-    "89504e470d0a1a0a0000000d4948445200000001000000010800000000"
-    "3a7e9b550000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
-)
-
-
-NewClient = Callable[[], httpx2.AsyncClient]
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    """Run on asyncio, because the database driver does."""
-    return "asyncio"
-
-
-@pytest.fixture
-async def shop(tmp_path: Path, anyio_backend: str) -> AsyncIterator[FastAPI]:
-    """Give a running shop with the seeded products."""
-    app = create_app(f"sqlite+aiosqlite:///{tmp_path / 'shop.sqlite3'}", ADMIN_TOKEN)
-    async with LifespanManager(app):
-        yield app
-
-
-@pytest.fixture
-def new_client(shop: FastAPI) -> NewClient:
-    """Give a function that makes a client with cookies of its own: one more shopper."""
-
-    def make() -> httpx2.AsyncClient:
-        return httpx2.AsyncClient(transport=httpx2.ASGITransport(shop), base_url="http://shop.test")
-
-    return make
-
-
-@pytest.fixture
-async def client(new_client: NewClient) -> AsyncIterator[httpx2.AsyncClient]:
-    """Give one shopper."""
-    async with new_client() as client:
-        yield client
-
-
-async def order(client: httpx2.AsyncClient, product: int, quantity: int = 1) -> httpx2.Response:
-    """Put a product into the basket and order it."""
-    put = await client.put(f"/api/basket/{product}", json={"quantity": quantity})
-    assert put.status_code == 200
-    return await client.post("/api/orders", json=CUSTOMER)
-
-
-async def upload(
-    client: httpx2.AsyncClient, data: bytes, media_type: str = "image/png", product: int = 1
-) -> httpx2.Response:
-    """Upload a picture as the shopkeeper."""
-    files = {"file": ("../../etc/passwd", data, media_type)}
-    return await client.put(f"/api/admin/products/{product}/picture", files=files, headers=ADMIN)
 
 
 async def test_page_renders_with_its_own_files(client: httpx2.AsyncClient) -> None:
@@ -83,7 +24,7 @@ async def test_page_renders_with_its_own_files(client: httpx2.AsyncClient) -> No
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
     assert "<h1>Hardened shop</h1>" in page.text
-    for path in ("/static/shop.css", "/static/shop.js", "/static/icon.svg"):
+    for path in ("/static/shop.css", "/static/api.js", "/static/shop.js", "/static/icon.svg"):
         assert path in page.text
         assert (await client.get(path)).status_code == 200
     assert "//" not in page.text.replace("http://www.w3.org/", "")
@@ -93,9 +34,9 @@ async def test_page_renders_with_its_own_files(client: httpx2.AsyncClient) -> No
 
 async def test_page_escapes_what_it_shows(tmp_path: Path) -> None:
     """Markup in a value becomes text on the page."""
-    app = create_app(f"sqlite+aiosqlite:///{tmp_path / 'shop.sqlite3'}")
+    app = make_shop(tmp_path)
     app.title = "<script>alert(1)</script>"
-    client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://shop.test")
+    client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url=SHOP)
     async with LifespanManager(app), client:
         page = await client.get("/")
     assert "<script>alert" not in page.text
@@ -223,130 +164,6 @@ async def test_order_of_somebody_else_is_absent(client: httpx2.AsyncClient, new_
     async with new_client() as other:
         assert (await other.get(address)).status_code == 404
         assert (await other.get(f"{address}/events")).status_code == 404
-
-
-async def test_stream_tells_an_order_to_its_end(client: httpx2.AsyncClient) -> None:
-    """The stream of a shipped order ends, and with Last-Event-ID it tells only what is new."""
-    placed = await order(client, 1)
-    shipment = f"/api/admin/orders/{placed.json()['id']}/shipment"
-    assert (await client.post(shipment, headers=ADMIN)).json()["status"] == "shipped"
-    assert (await client.post(shipment, headers=ADMIN)).status_code == 409
-    stream = await client.get(placed.headers["location"] + "/events")
-    assert stream.headers["content-type"].startswith("text/event-stream")
-    told = [line for line in stream.text.splitlines() if line.startswith(("event:", "id:"))]
-    assert [line for line in told if line.startswith("event")] == [
-        "event: placed",
-        "event: confirmed",
-        "event: shipped",
-    ]
-    ids = [line.removeprefix("id: ") for line in told if line.startswith("id")]
-    rest = await client.get(placed.headers["location"] + "/events", headers={"Last-Event-ID": ids[1]})
-    assert "event: shipped" in rest.text
-    assert "event: placed" not in rest.text
-
-
-ADMIN_ROUTES = [
-    ("POST", "/api/admin/products"),
-    ("PUT", "/api/admin/products/1"),
-    ("POST", "/api/admin/products/1/deliveries"),
-    ("PUT", "/api/admin/products/1/picture"),
-    ("POST", "/api/admin/orders/00000000-0000-0000-0000-000000000000/shipment"),
-    ("GET", "/api/admin/orders.csv"),
-]
-
-
-def test_list_of_admin_routes_is_complete() -> None:
-    """Every route below /api/admin is in the list that the next test goes through."""
-    paths = create_app().openapi()["paths"]
-    documented = {(method.upper(), path) for path in paths if "/admin/" in path for method in paths[path]}
-    zeros = "00000000-0000-0000-0000-000000000000"
-    assert {
-        (method, path.replace("{product_id}", "1").replace("{order_id}", zeros)) for method, path in documented
-    } == set(ADMIN_ROUTES)
-
-
-@pytest.mark.parametrize(("method", "path"), ADMIN_ROUTES)
-async def test_admin_part_refuses_without_the_token(client: httpx2.AsyncClient, method: str, path: str) -> None:
-    """Without the token, with a wrong one and with one that is not ASCII every admin route answers 401."""
-    for token in (None, b"", b"wrong", "thé-token".encode()):
-        headers = {} if token is None else {b"X-Admin-Token": token}
-        answer = await client.request(method, path, headers=headers)
-        assert answer.status_code == 401
-        assert "www-authenticate" in answer.headers
-
-
-async def test_shopkeeper_adds_prices_and_stocks_a_product(client: httpx2.AsyncClient) -> None:
-    """A new product is a 201 with its address; it can be repriced and restocked; its name is taken."""
-    mug = {"name": "Tin mug", "description": "Dents well.", "price_cents": 900}
-    added = await client.post("/api/admin/products", json={**mug, "stock": 1}, headers=ADMIN)
-    assert added.status_code == 201
-    address = added.headers["location"]
-    assert (await client.post("/api/admin/products", json=mug, headers=ADMIN)).status_code == 409
-    changed = await client.put(
-        address.replace("/api/", "/api/admin/"), json={**mug, "name": "Enamel mug"}, headers=ADMIN
-    )
-    assert changed.status_code == 409
-    await client.put(address.replace("/api/", "/api/admin/"), json={**mug, "price_cents": 950}, headers=ADMIN)
-    deliveries = address.replace("/api/", "/api/admin/") + "/deliveries"
-    assert (await client.post(deliveries, json={"quantity": 4}, headers=ADMIN)).status_code == 200
-    product = (await client.get(address)).json()
-    assert (product["price_cents"], product["stock"]) == (950, 5)
-
-
-async def test_export_is_csv_that_is_no_formula(client: httpx2.AsyncClient) -> None:
-    """The export has a row for each product of each order, and a name that looks like a formula is text in it."""
-    await client.put("/api/basket/2", json={"quantity": 2})
-    await client.put("/api/basket/1", json={"quantity": 1})
-    await client.post("/api/orders", json={**CUSTOMER, "name": "=HYPERLINK(1)"})
-    export = await client.get("/api/admin/orders.csv", headers=ADMIN)
-    assert export.headers["content-type"].startswith("text/csv")
-    assert "attachment" in export.headers["content-disposition"]
-    rows = list(csv.DictReader(export.text.splitlines()))
-    assert [(row["product"], row["quantity"]) for row in rows] == [("Enamel mug", "1"), ("Linen apron", "2")]
-    assert {row["name"] for row in rows} == {"'=HYPERLINK(1)"}
-
-
-async def test_picture_is_served_as_what_it_is(client: httpx2.AsyncClient) -> None:
-    """An uploaded picture comes back unchanged, with its type, cacheable for ever, and never sniffed."""
-    product = (await upload(client, PNG)).json()
-    picture = await client.get(product["picture"])
-    assert picture.content == PNG
-    assert picture.headers["content-type"] == "image/png"
-    assert "immutable" in picture.headers["cache-control"]
-    assert picture.headers["x-content-type-options"] == "nosniff"
-    assert (await upload(client, PNG, product=999)).status_code == 404
-    assert (await client.get(product["picture"].replace("/1/", "/2/"))).status_code == 404
-
-
-@pytest.mark.parametrize(
-    ("data", "media_type"),
-    [
-        (b"<html><script>alert(1)</script></html>", "image/png"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "image/svg+xml"),
-        (PNG, "image/jpeg"),
-        (PNG, "text/html"),
-        (PNG + b"<script>alert(1)</script>", "image/png"),
-        (b"", "image/png"),
-    ],
-)
-async def test_upload_refuses_a_disguised_type(client: httpx2.AsyncClient, data: bytes, media_type: str) -> None:
-    """A file whose bytes are not the picture that it claims to be is a 415, and the product stays without one."""
-    assert (await upload(client, data, media_type)).status_code == 415
-    assert (await client.get("/api/products/1")).json()["picture"] is None
-
-
-@pytest.mark.parametrize("size", [MAX_PICTURE_BYTES + 1, MAX_PICTURE_BYTES * 3])
-async def test_upload_refuses_a_large_picture(client: httpx2.AsyncClient, size: int) -> None:
-    """A picture over the limit is a 413, whether the file or already the body is too large."""
-    assert (await upload(client, PNG.ljust(size, b"\0"))).status_code == 413
-
-
-def test_sniff_knows_the_three_types_of_pictures() -> None:
-    """PNG, JPEG and WebP are told by their bytes."""
-    assert sniff(PNG) == "image/png"
-    assert sniff(b"\xff\xd8\xff\xe0 \xff\xd9") == "image/jpeg"
-    assert sniff(b"RIFF\x08\0\0\0WEBPVP8 ") == "image/webp"
-    assert sniff(b"RIFF\x09\0\0\0WEBPVP8 ") is None
 
 
 async def test_every_answer_is_hardened(client: httpx2.AsyncClient) -> None:

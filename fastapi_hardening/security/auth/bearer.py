@@ -27,6 +27,7 @@ from starlette.requests import HTTPConnection
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.identity import CredentialsUnchecked, InvalidCredentials, Principal
+from fastapi_hardening.core.store import StoreUnavailable
 from fastapi_hardening.security.auth.jwt import (
     Claims,
     JwtSettings,
@@ -35,7 +36,7 @@ from fastapi_hardening.security.auth.jwt import (
     names_at,
     unverified_issuer,
 )
-from fastapi_hardening.security.auth.revocation import UNAVAILABLE, Revocations
+from fastapi_hardening.security.auth.revocation import UNAVAILABLE, RevocationNotStored, Revocations
 
 # RFC 6750, section 2.1; the token's own grammar is its verifier's business.
 _BEARER = re.compile(rb"bearer +([A-Za-z0-9\-._~+/]+=*)", re.IGNORECASE)
@@ -159,6 +160,36 @@ class BearerAuthenticator:
             if reason is not None:
                 raise (CredentialsUnchecked if reason == UNAVAILABLE else InvalidCredentials)(reason)
         return known.principal
+
+    async def revoke(self, token: str, client_id: str) -> None:
+        """Takes a token back that a client was given: what ``token_router(revoke_access_token=...)`` needs.
+
+        Nothing happens for a token that is not good any more, and for one of another client (RFC 7009, section 2.1).
+
+        Args:
+            token: The token.
+            client_id: The client that asks, authenticated.
+
+        Raises:
+            ConfigurationError: There are no revocations.
+            CredentialsUnchecked: It cannot be verified now, or there is no room: nothing was revoked.
+        """
+        if self._revocations is None:
+            raise ConfigurationError("revoke() needs BearerAuthenticator(..., revocations=...)")
+        try:
+            principal = await self.authenticate_token(token)
+        except CredentialsUnchecked:
+            raise
+        except InvalidCredentials:
+            return
+        if principal.claims.get("client_id") != client_id or principal.credential is None:
+            return
+        try:
+            await self._revocations.revoke_token(
+                principal.credential, issuer=principal.issuer or "", expires_at=principal.expires_at
+            )
+        except (RevocationNotStored, StoreUnavailable) as error:
+            raise CredentialsUnchecked("the state store did not take the revocation") from error
 
     def forget(self) -> None:
         """Forgets all verifications; each token is verified again when it comes again."""

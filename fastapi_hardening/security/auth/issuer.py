@@ -51,6 +51,7 @@ from fastapi_hardening.core.configuration import Section
 from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.identity import CredentialsUnchecked
 from fastapi_hardening.core.store import StateStore
+from fastapi_hardening.security.auth.jwk import kid_of_secret
 
 logger = logging.getLogger("fastapi_hardening.auth")
 
@@ -130,7 +131,7 @@ class SigningKey:
         self.algorithm: Algorithm = algorithm
         if algorithm == "HS256":
             self._signer = jwk.construct(_strong_secret(material), algorithm)
-            derived = hmac.new(material, b"kid", hashlib.sha256).hexdigest()[:16]
+            derived = kid_of_secret(material)
             verifying = self._signer.to_dict()
         elif algorithm in ("RS256", "ES256"):
             self._signer = jwk.construct(_private_key(material, algorithm), algorithm)

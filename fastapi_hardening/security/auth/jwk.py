@@ -16,6 +16,8 @@ Example:
     fastapi_hardening.security.auth.jwk.InvalidKey: an HS256 secret has at least 32 bytes, not 9
 """
 
+import hashlib
+import hmac
 import json
 import math
 import re
@@ -147,6 +149,11 @@ def _check_depth(text: str) -> None:
 
 
 # --- one key ----------------------------------------------------------------------------------------------------------
+
+
+def kid_of_secret(secret: bytes) -> str:
+    """The name that follows from a shared secret without giving it away, as our own issuer writes it into tokens."""
+    return hmac.new(secret, b"kid", hashlib.sha256).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)

@@ -377,9 +377,7 @@ def _address_of(request: Request) -> str | None:
     """The client's address; ``None`` where many share it, none of whom may close the door for all."""
     known_to_our_layer = request_context.of(request.scope) is not None
     client = request_context.ensure(request.scope).client
-    if not client.known or client.behind_unknown_proxy:
-        return None
-    return None if not known_to_our_layer and any(name in request.headers for name in _FORWARDING) else client.key
+    return None if not known_to_our_layer and any(name in request.headers for name in _FORWARDING) else client.own_key
 
 
 async def _nothing() -> None:

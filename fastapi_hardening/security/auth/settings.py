@@ -10,7 +10,7 @@ from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConcernSettings
 from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.origins import ANY, checked_origin
-from fastapi_hardening.security.auth.jwk import InvalidKey, KeySet, VerificationKey
+from fastapi_hardening.security.auth.jwk import InvalidKey, KeySet, VerificationKey, kid_of_secret
 from fastapi_hardening.security.auth.jwt import JwtSettings
 from fastapi_hardening.security.auth.keys import KeySource, RemoteKeys, RemoteKeysSettings, StaticKeys
 from fastapi_hardening.security.auth.rbac import RbacSettings, checked_permission
@@ -118,7 +118,7 @@ class BearerSettings(JwtSettings):
 
     secrets: tuple[SecretStr, ...] = ()
     """Secrets that it shares with this application, the current one first; at least 32 bytes each. The allow list must
-    name ``HS256``."""
+    name ``HS256``. Tokens have no ``kid``, or the one that ``SigningKey`` makes of the secret."""
 
     public_keys: tuple[str, ...] = ()
     """Its public keys as PEM, the current one first; for tokens without a ``kid``."""
@@ -147,8 +147,14 @@ def keys_of(settings: BearerSettings, *, clock: Clock | None = None, events: Eve
         algorithm = next((name for name in settings.algorithms if name.startswith("HS")), None)
         if algorithm is None:
             raise ValueError("secrets are for HMAC: set algorithms to HS256")
-        shared = [VerificationKey.from_secret(secret.get_secret_value(), algorithm) for secret in settings.secrets]
-        return StaticKeys(*shared)
+        # Each without a name, and by the name that tokens of our own issuer have.
+        return StaticKeys(
+            *(
+                VerificationKey.from_secret(secret, algorithm, kid=kid)
+                for secret in settings.secrets
+                for kid in (None, kid_of_secret(secret.get_secret_value().encode()))
+            )
+        )
     if settings.public_keys:
         return StaticKeys(*(_public_key(pem, settings.algorithms) for pem in settings.public_keys))
     issuer = settings.issuer if settings.jwks_url is None else None

@@ -229,7 +229,7 @@ class LoginThrottle:
 
         Args:
             account: What was typed as the name of the account, whether there is one or not.
-            address: The client's address, as ``context.client.key`` has it; ``None`` where many share one.
+            address: The client's address; ``context.client.own_key`` has it, or ``None`` where many share one.
             device: The value of the device cookie, where the application sets one (:meth:`new_device`).
 
         Raises:

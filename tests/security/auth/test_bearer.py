@@ -13,8 +13,8 @@ from starlette.requests import HTTPConnection
 
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.configuration import ConfigurationError
-from fastapi_hardening.core.identity import Authenticator, InvalidCredentials, Principal
-from fastapi_hardening.core.store import MemoryStore
+from fastapi_hardening.core.identity import Authenticator, CredentialsUnchecked, InvalidCredentials, Principal
+from fastapi_hardening.core.store import MemoryStore, StoreUnavailable
 from fastapi_hardening.security.auth.bearer import BearerAuthenticator, bearer_token
 from fastapi_hardening.security.auth.jwk import VerificationKey
 from fastapi_hardening.security.auth.jwt import JwtSettings, JwtVerifier, SignatureCheck
@@ -406,6 +406,36 @@ def test_a_token_without_id_is_revoked_with_its_subject() -> None:
     assert kit.accepts(sent).credential is None
     asyncio.run(kit.revocations.revoke_issued_before("anna", issuer=ISSUER, moment=NOW + 1))
     assert kit.refuses(sent) == "revoked-before"
+
+
+def test_a_client_takes_back_a_token_that_it_was_given() -> None:
+    """Only that client, only a good token; nothing is said of others."""
+    sent = token(claims(client_id="app"))
+    kit = Kit(revoking=True)
+    asyncio.run(kit.authenticator.revoke(sent, "another app"))
+    asyncio.run(kit.authenticator.revoke(sent[:-4] + "AAAA", "app"))
+    asyncio.run(kit.authenticator.revoke(token(claims(jti=..., client_id="app")), "app"))
+    kit.accepts(sent)
+    asyncio.run(kit.authenticator.revoke(sent, "app"))
+    assert kit.refuses(sent) == "revoked-token"
+
+
+def test_a_token_that_cannot_be_taken_back_is_not_said_to_be() -> None:
+    """The store is full, or does not answer, or there is none: whoever asks must come back."""
+
+    class Gone(MemoryStore):
+        async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+            raise StoreUnavailable("gone")
+
+    sent = token(claims(client_id="app"))
+    full = MemoryStore(1)
+    asyncio.run(full.put("something", b"1", 600))
+    for store in (full, Gone()):
+        kit = Kit(revocations=Revocations(store))
+        with pytest.raises(CredentialsUnchecked):
+            asyncio.run(kit.authenticator.revoke(sent, "app"))
+    with pytest.raises(ConfigurationError, match="revocations="):
+        asyncio.run(Kit().authenticator.revoke(sent, "app"))
 
 
 # --- several issuers --------------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from fastapi.testclient import TestClient
 from jose import jwk, jws  # type: ignore[import-untyped]
 
 from fastapi_hardening import ConfigurationError, CurrentUser, Settings, harden
+from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening
+from fastapi_hardening.security.auth import IssuerSettings, SigningKey, TokenIssuer
 from fastapi_hardening.security.auth.keys import RemoteKeys
 
 SECRET = "a secret of at least thirty-two bytes"
@@ -54,6 +56,18 @@ def test_a_secret_that_is_being_changed_still_holds() -> None:
     """The current one comes first, the previous one is taken as well."""
     _, client = shop(secrets=["the new secret of thirty-two bytes ...", SECRET])
     assert ask(client, token()).json() == "anna"
+
+
+def test_tokens_of_our_own_issuer_need_nothing_but_its_secret() -> None:
+    """The name of the key, which they carry, follows from it; the previous secret still holds, an unknown one not."""
+    _, client = shop(secrets=["the new secret of thirty-two bytes ...", SECRET])
+    settings = IssuerSettings(issuer=ISSUER["issuer"], audience=ISSUER["audience"])
+    answers = []
+    for secret in ("the new secret of thirty-two bytes ...", SECRET, "another secret of thirty-two bytes!!"):
+        issuer = TokenIssuer(settings, keys=SigningKey(secret, "HS256"), store=MemoryStore())
+        issued = asyncio.run(issuer.issue("anna", client_id="app", refreshable=False))
+        answers.append(ask(client, issued.access_token).status_code)
+    assert answers == [200, 200, 401]
 
 
 def test_what_is_revoked_is_refused_at_once() -> None:
