@@ -29,9 +29,9 @@ _WORDS_SOURCE = (
 )
 _WORDS = Pattern(_WORDS_SOURCE, re.IGNORECASE)
 _COMMON = Pattern(
-    r"\d{1,4}[-:.]\d\d[-:.T ][\d:.T+ -]{1,30}Z?|[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}"
-    r"|(?!0x|etc/|proc/|boot|web-inf|meta-inf|Li4v|L2V0)[\w-](?:[\w.+-]{1,200}/?[\w.+-]{0,200}|"
-    r"[A-Za-z0-9+/]{1,400})={0,2}",
+    r"\d{1,4}[-:.]\d\d[-:.T ][\d:.T+ -]{1,30}Z?|[\w.+-]{1,64}+@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}"
+    r"|(?!0x|etc/|proc/|boot|web-inf|meta-inf|Li4v|L2V0)[\w-](?:[\w.+-]{1,200}+/?+[\w.+-]{0,200}+(?==|$)|"
+    r"[A-Za-z0-9+/]{1,400}+)={0,2}",
     re.IGNORECASE,
 )
 # An apostrophe in a contraction or a name, which no query goes on from.
@@ -52,7 +52,9 @@ def is_plain(text: str) -> bool:
     if signs:
         if not signs.strip(b"'"):
             return ".." not in text and _WORDS.match(text) is None and len(_APOSTROPHES.findall(text)) == len(signs)
-        return ".." not in text and (_is_common(text) or (not signs.translate(None, _IN_ADDRESS) and _is_address(text)))
+        if text[:4] == "http":
+            return ".." not in text and not signs.translate(None, _IN_ADDRESS) and _is_address(text)
+        return ".." not in text and _is_common(text)
     return ".." not in text and (" " not in text or _WORDS.match(text) is None)
 
 
