@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
@@ -118,6 +118,7 @@ def test_lifting_forgets_everything() -> None:
     assert [ban.times for ban in bans.list()] == [1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 100)), max_size=60))
 def test_no_client_is_banned_for_the_refusals_of_another(steps: list[tuple[str, float]]) -> None:
     """A client is banned only by as many refusals of its own within the window."""
