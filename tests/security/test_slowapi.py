@@ -974,7 +974,8 @@ def decorated_at_will(decorators: list[dict[str, Any] | None], defaults: list[st
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.none() | DECORATOR, min_size=1, max_size=3),
-    st.sampled_from([[], ["1/day"], ["2/day"]]),
+    # None that a decorator has, too: slowapi counts such a one twice, and refuses what would be the last.
+    st.sampled_from([[], ["4/day"], ["5/day"]]),
     st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["GET", "POST"])), max_size=14),
 )
 def test_where_slowapi_looks_it_decides_the_same(
