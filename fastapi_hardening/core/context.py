@@ -102,7 +102,7 @@ def new_request_id() -> str:
     except IndexError:
         # Asking the kernel takes longer than all the rest; so it is asked for many at once.
         digits = os.urandom(16 * _IDS_AT_ONCE).hex()
-        _ids.extend(digits[start : start + 32] for start in range(32, len(digits), 32))
+        _ids.extend([digits[start : start + 32] for start in range(32, len(digits), 32)])
         return digits[:32]
 
 

@@ -1,5 +1,6 @@
 """What the documentation shows is what happens."""
 
+import logging
 import os
 import re
 import runpy
@@ -61,13 +62,16 @@ def curls() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Gives a page an environment and a folder of its own."""
+    """Gives a page an environment and a folder of its own, and takes off what it has put on the access log."""
     before = dict(os.environ)
+    access_log = logging.getLogger("fastapi_hardening.access")
+    handlers = [*access_log.handlers]
     for variable in before:
         if variable.startswith("HARDENING_"):
             del os.environ[variable]
     monkeypatch.chdir(tmp_path)
     yield
+    access_log.handlers[:] = handlers
     os.environ.clear()
     os.environ.update(before)
 
