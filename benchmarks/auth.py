@@ -32,6 +32,8 @@ from joserfc import jwt as rfc_jwt
 from joserfc.jwk import ECKey, JWKRegistry, OctKey, RSAKey
 from joserfc.jwk import KeySet as RfcKeySet
 from overhead import (
+    BLOCK,
+    ROOT,
     Estimate,
     Report,
     Rounds,
@@ -54,6 +56,8 @@ from fastapi_hardening.security.auth.jwk import ALGORITHMS, InvalidKey, KeySet, 
 from fastapi_hardening.security.auth.jwt import JwtSettings, JwtVerifier, parse_compact
 from fastapi_hardening.security.auth.keys import StaticKeys
 from fastapi_hardening.security.auth.revocation import Revocations
+
+PAGE = ROOT / "docs" / "concerns" / "jwt.md"
 
 if TYPE_CHECKING:
     from jose.backends.base import Key as JoseKey
@@ -378,6 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, with wider intervals")
     parser.add_argument("--wycheproof", type=Path, metavar="DIR", help="the folder with the vectors of Wycheproof")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report there")
+    parser.add_argument("--docs", action="store_true", help="also put the report into docs/concerns/jwt.md")
     chosen = parser.parse_args(arguments)
     report = Report(quick=chosen.quick)
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
@@ -388,6 +393,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(report, end="")
     if chosen.out:
         chosen.out.write_text(f"# What it costs to know who calls\n\n{report}", encoding="utf-8")
+    if chosen.docs:
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(BLOCK.sub(lambda block: f"{block[1]}\n{report}\n{block[2]}", page), encoding="utf-8")
 
 
 if __name__ == "__main__":

