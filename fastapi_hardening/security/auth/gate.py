@@ -140,8 +140,13 @@ class Gate:
         """The first authenticator of a class, such as ``Sessions`` that the settings have made."""
         return next((each for each in self.authenticators if isinstance(each, kind)), None)
 
-    async def identify(self, connection: HTTPConnection) -> Found | None:
+    async def identify(self, connection: HTTPConnection, *, open_to_all: bool = False) -> Found | None:
         """Who calls; ``None`` where no credentials were sent.
+
+        Args:
+            connection: The request.
+            open_to_all: Somebody unknown may call, too. Then credentials that a browser sends by itself and that cannot
+                be checked now count as none: a page for everybody does not go down with the store of sessions.
 
         Raises:
             CredentialsRefused: There are some, and they prove nothing.
@@ -155,12 +160,16 @@ class Gate:
                 self._check_end(principal)
             except CredentialsUnchecked as unchecked:
                 logger.warning("%s credentials cannot be checked: %s", authenticator.scheme, unchecked.reason)
+                if open_to_all and is_ambient(authenticator):
+                    continue
                 raise AuthenticationUnavailable(math.ceil(unchecked.retry_after_seconds)) from unchecked
             except InvalidCredentials as invalid:
                 logger.info("%s credentials are refused: %s", authenticator.scheme, invalid.reason)
                 raise self.credentials_refused(authenticator) from None
             except (StoreUnavailable, TimeoutError, ConnectionError) as down:
                 logger.exception("what %s credentials are looked up in does not answer", authenticator.scheme)
+                if open_to_all and is_ambient(authenticator):
+                    continue
                 raise AuthenticationUnavailable from down
             return Found(principal, authenticator)
         return None

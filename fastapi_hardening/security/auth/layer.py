@@ -93,7 +93,8 @@ class AuthenticationMiddleware:
         try:
             if seen.ambiguous:
                 raise self.gate.credentials_refused()
-            found = await self.gate.identify(HTTPConnection(seen.connection_scope))
+            connection = HTTPConnection(seen.connection_scope)
+            found = await self.gate.identify(connection, open_to_all=is_open(entry, required=self.gate.required))
             context.principal = None if found is None else found.principal
             context.state.setdefault(Found, {})[self.gate] = found
             await demand(self.gate, found, entry, scope, context)

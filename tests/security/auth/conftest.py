@@ -22,6 +22,7 @@ class Tokens:
 
     scheme = "bearer"
     challenge = "Bearer"
+    ambient = False
 
     def __init__(self, known: Mapping[str, Principal] = KNOWN, *, raises: Exception | None = None) -> None:
         self.known = known

@@ -32,7 +32,8 @@ from fastapi_hardening import (
 )
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import ManualClock
-from fastapi_hardening.core.identity import InvalidCredentials, Principal
+from fastapi_hardening.core.identity import CredentialsUnchecked, InvalidCredentials, Principal
+from fastapi_hardening.core.store import StoreUnavailable
 from fastapi_hardening.security.auth import (
     AuthenticationMiddleware,
     AuthenticationUnavailable,
@@ -638,6 +639,19 @@ def test_what_is_down_is_a_503(error: Exception) -> None:
     answer = kit.client().get("/")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
     assert answer.json()["type"].endswith("#authentication-unavailable")
+
+
+@pytest.mark.parametrize("error", [CredentialsUnchecked("down"), StoreUnavailable("gone"), ConnectionError("redis")])
+def test_a_public_page_does_not_go_down_with_the_sessions(error: Exception) -> None:
+    """A cookie that cannot be checked counts as none where somebody unknown may call, and as 503 where nobody may."""
+    cookies = Tokens(raises=error)
+    cookies.ambient = True
+    kit = Kit(authenticators=[cookies])
+    kit.app.get("/open", dependencies=[Public()])(ok)
+    kit.app.get("/closed", dependencies=[RequireUser()])(ok)
+    client = kit.client()
+    assert client.get("/open").status_code == 200
+    assert client.get("/closed").status_code == 503
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
