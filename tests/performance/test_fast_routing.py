@@ -397,7 +397,7 @@ def comparable(sent: list[Any]) -> list[Any]:
     return sent
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250)
 @given(
     routes=declared,
     requests=st.lists(
