@@ -20,6 +20,7 @@ import gc
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import random
@@ -91,7 +92,7 @@ BUDGET_US: Mapping[str, float] = {
     "authentication": 1.0,
     "tenancy": 1.0,
     "rate limit": 5.0,
-    "input validation": 1.0,
+    "input validation": 5.0,
     "idempotency": 0.5,
     "compression": 1.0,
     "response cache": 1.0,
@@ -157,7 +158,8 @@ def hardened(app: FastAPI, **more: Any) -> FastAPI:
 
 def with_layers(app: FastAPI, names: set[str]) -> FastAPI:
     """The application inside these layers alone, each built by its slot."""
-    handle = harden(app, settings())
+    # The whole router is asked, as in the bare application: what the table saves there is no layer's.
+    handle = harden(app, settings(routing={"fast": False}))
     inner = MethodType(FastAPI.build_middleware_stack, app)
 
     def build() -> ASGIApp:
@@ -561,15 +563,22 @@ async def _stack_of(report: Report, routes: int, placement: Placement) -> list[l
         for name in group:
             row = [name, f"{statistics.median(rounds[name]):.1f}", f"{added(rounds, name):.1f}"]
             times = quotient(_minus(rounds, name), ours)
-            rows.append([*row, f"{share(rounds, name):.0f}", f"{times:.1f}" if name.startswith("peers") else ""])
+            rows.append([*row, f"{share(rounds, name):.0f}", _times(times) if name.startswith("peers") else ""])
             if routes == GOAL_ROUTES and name == "hardened":
                 kept = share(rounds, name)
                 text = f"{routes} routes, {placement}: keeps at least {KEPT:.0f} % of bare throughput"
                 report.goal(text, f"{kept:.0f} %", reached=kept.value >= KEPT)
             elif routes == GOAL_ROUTES and name == "peers":
                 text = f"{routes} routes, {placement}: adds at least {TIMES_LESS:.0f} times less than the peers"
-                report.goal(f"{text} without OpenTelemetry", f"{times:.1f} times", reached=times.value >= TIMES_LESS)
+                report.goal(
+                    f"{text} without OpenTelemetry", f"{_times(times)} times", reached=times.value >= TIMES_LESS
+                )
     return rows
+
+
+def _times(times: Estimate) -> str:
+    """How many times more the peers add; there is no such number where hardening adds nothing."""
+    return "ours adds nothing" if math.isinf(times.value) else f"{times:.1f}"
 
 
 async def growth(report: Report) -> None:
