@@ -30,7 +30,7 @@ _WORDS_SOURCE = (
 _WORDS = Pattern(_WORDS_SOURCE, re.IGNORECASE)
 _COMMON = Pattern(
     r"\d{1,4}[-:.]\d\d[-:.T ][\d:.T+ -]{1,30}Z?|[\w.+-]{1,64}+@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}"
-    r"|(?!0x|etc/|proc/|boot|web-inf|meta-inf|Li4v|L2V0)[\w-](?:[\w.+-]{1,200}+/?+[\w.+-]{0,200}+(?==|$)|"
+    r"|(?!0x|etc/|proc/|boot|var/|win|web-inf|meta-inf|Li4v|L2V0)[\w-](?:[\w.+-]{1,200}+/?+[\w.+-]{0,200}+(?==|$)|"
     r"[A-Za-z0-9+/]{1,400}+)={0,2}",
     re.IGNORECASE,
 )
@@ -90,7 +90,7 @@ def is_plain_json(data: bytes) -> bool:
 
 def _is_common(text: str) -> bool:
     """Whether a text is one of those that most documents have: a time, a mail address, base64, a name with a slash."""
-    return _COMMON.fullmatch(text) is not None
+    return _COMMON.fullmatch(text) is not None and ".ht" not in text
 
 
 def _is_address(text: str) -> bool:

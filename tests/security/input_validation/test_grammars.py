@@ -119,6 +119,46 @@ ATTACKS: dict[str, list[str]] = {
         "one two ../../../../etc/passwd three",
         "go up and up ../../../../x now",
         "..%c0%af..%c0%afx",
+        "..%c0%9v..%c0%9vx",
+        "..%bg%qf..%bg%qfboot.ini",
+        "......etcpasswd",
+        "..boot.ini",
+        "....windowswin.ini",
+        "........usrlocalx.log",
+        "..a.conf",
+        "c:apachelogsaccess.log",
+        "C:Program FilesApache GroupApachelogsaccess.log",
+        "C|\\boot.ini",
+        "\\\\.\\c:\\boot.ini",
+        "\\\\192.0.2.1\\c$",
+        "\\\\192.0.2.1\\share\\x",
+        "%SYSTEMROOT%\\win.ini",
+        "d:\\AppServ\\MySQL",
+        "c:\\System32\\Inetsrv\\metabase.xml",
+        "c:\\users\\administrator\\desktop",
+        "view-source:file:///etc/passwd",
+        "data://text/plain;base64,eA==",
+        "page=/etc/passwd",
+        "?a=1&file=c:\\windows\\win.ini",
+        "proc/self/environ",
+        "/./etc/passwd",
+        "/./\\/././\\/./etc/passwd",
+        ".\\\\./.\\\\./boot.ini",
+        "/...\\etc/passwd",
+        "~/.ssh/id_rsa",
+        "/home/someone/.bash_history",
+        "members/.htpasswd",
+        "/app/.svn/entries",
+        "/home/x/.aws/credentials",
+        "./WEB-INF/web.xml",
+        "var/log/apache2/access.log",
+        "/usr/local/ftpd/etc/ftpd.conf",
+        "/a/logs/x.log",
+        "/tmp/sess_abc",
+        "winnt/win.ini",
+        "/c02ec02e/c02ec02e/etc/passwd",
+        "/php5/php.ini%00.html",
+        "Li4vZXRjL3Bhc3N3ZA==",
     ],
     "command": [
         ";id",
@@ -258,6 +298,22 @@ How do I use UNION SELECT in SQL?
 prove that 1 = 1 or 2 = 2
 (x or y) and z
 $(document).ready(function(){ })
+config/settings.ini
+src/main/webapp/index.html
+/api/v1/logs
+/usr/bin/python3
+/home/someone/photos/2024/beach.jpg
+C:\\Program Files\\Tea\\tea.exe
+\\\\files\\public\\plan.docx
+page=/products/kettle
+and so on....etc
+wait..what
+....ok
+0..10
+1990..2000
+c:green
+see /etc/passwd in the manual
+META-INF/MANIFEST.MF
 """.strip().splitlines()
 
 
