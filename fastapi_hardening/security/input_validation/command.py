@@ -45,7 +45,7 @@ _WEAK = (
     "finger|mount|which|env|node|system|passthru|shell_exec|popen|tar|zip|diff|watch|service|systemctl|"
     "host|route|read|wait|uptime|"
     "groups|users|w|uniq|comm|file|stat|locate|source|alias|history|logger|timeout|nice|sysinfo|attrib|"
-    "break|true|false|cd|fdisk|free|screen|dd|ip|ss|tr|calc|visudo|su|pip3?|make|lua|tree|jobs|trap|format|powercfg"
+    "break|true|false|cd|fdisk|free|screen|dd|ip|ss|tr|calc|visudo|su|pip3?|trap|powercfg"
 )
 _PATHS = r"(?:\./|(?:/[\w.*?-]{1,32}){0,6}/|[a-z]:\\(?:[\w ]{1,32}\\){0,6}|%\w{1,20}%\\|~/)?"
 _SEPARATOR = r"(?:;|\|{1,2}|&{1,2}|\n|\r|\$\(|<\(|>\(|\\[nr]|\$\{IFS\}|=\(|!\s?`)"

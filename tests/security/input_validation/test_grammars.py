@@ -61,6 +61,10 @@ ATTACKS: dict[str, list[str]] = {
         "if(5=6) select 5 else drop function f--",
         "'+(select top 1 name from t)+'",
         "grant all on db to somebody",
+        "select id,sin(1),2 from bar where",
+        "1+pi() and (3=pi())--",
+        "9 UNION SELECT TOP 10 name,x FROM users",
+        "select current_database();",
         '"x"" or 1=1--"',
     ],
     "xss": [
@@ -392,6 +396,8 @@ color: red; font: bold;
 O'Keefe's and rock'n'roll
 find & replace
 search | find
+Select one from the list where
+the tree; lua scripts
 """.strip().splitlines()
 
 
