@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastapi_hardening.security.input_validation import CLASSES, Inspector, inspector
+from fastapi_hardening.security.input_validation.html import tags
 from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading, is_plain, is_plain_json
 
@@ -577,6 +578,11 @@ def test_work_grows_with_the_length_and_not_faster(piece: str) -> None:
         inspector.inspect("x" + piece * times)
         steps.append(inspector.steps)
     assert steps[1] <= 12 * steps[0]
+
+
+def test_name_of_a_tag_ends_where_the_next_one_begins() -> None:
+    """A tag is never looked through to the end of the text, so that a row of them is read once."""
+    assert [tag[:2] for tag in tags("<a<b<<c</d")] == [("a", False), ("b", False), ("c", False), ("d", True)]
 
 
 def patterns() -> list[tuple[str, Pattern | re.Pattern[str]]]:
