@@ -186,6 +186,7 @@ _CODE = Pattern(
     r"(?:['\"`$]|base64_decode|chr\(|getenv|/|(?:cat|ls|id|dir|whoami|sleep|ping|echo|wget|curl|nc|uname)\b)"
     r"|\b(?:os\.(?:system|popen|exec\w{0,3}|spawn\w{0,4})|subprocess\.\w{2,12}|commands\.getoutput|"
     r"pty\.spawn)\s{0,3}\("
+    r"|\bkernel\.(?:exec|system|spawn)\s{0,3}\(|%x\(\s{0,3}['\"]"
     r"|__import__\s{0,3}\(|require\s{0,3}\(?\s{0,3}['\"]child_process|process\.mainmodule|"
     r"\.getruntime\s{0,3}\(\s{0,3}\)\s{0,3}\.\s{0,3}exec|"
     r"processbuilder\s{0,3}\(|\beval\s{0,3}\(\s{0,3}(?:base64_decode|gzinflate|\$_|str_rot13|compile|__|"
@@ -213,7 +214,7 @@ _SEPARATING = (";", "|", "&", "\n", "\r", "$", "<(", ">(", "=(", "!", "\\n", "\\
 _CODE_WORDS = (
     "system", "exec", "passthru", "popen", "eval", "assert", "subprocess", "__import__", "child_process", "mainmodule",
     "phpinfo", "$_", "md5", "invoke-", "iex", "new-object", "frombase64", "call_user", "create_function", "getoutput",
-    "pty.", "backtick", "processbuilder", "proc_open",
+    "pty.", "backtick", "kernel.", "%x(", "processbuilder", "proc_open",
 )  # fmt: skip
 _BATCH_SIGNS = (
     " in(",

@@ -69,6 +69,7 @@ _NAMED = Pattern(
     r"(?:~\w{0,20})?[;./\\]{0,4}(?:[\w.@-]{1,60}[/\\]{1,3}){0,10}(?:\.ht(?:access|passwd|group)|"
     r"\.(?:bash|zsh|mysql|psql|sh)_history|\.ssh[/\\]{1,3}[\w.-]{1,40}|id_(?:rsa|dsa|ecdsa|ed25519)|"
     r"\.git[/\\](?:config|head|index|logs[/\\]head)|\.svn[/\\](?:entries|wc\.db)|\.aws[/\\]credentials|"
+    r"\.kube[/\\]config|\.docker[/\\]config\.json|run[/\\]secrets[/\\]\S{1,200}|"
     r"web-inf[/\\]{1,3}(?:web\.xml|classes[/\\]\S{0,200}|lib[/\\]\S{0,200})|"
     r"(?:boot|win|php)\.ini|metabase\.xml|proc[/\\]{1,3}self[/\\]\S{1,100}|"
     r"(?:windows|winnt)[/\\]{1,3}(?:win\.ini|system\.ini|system32[/\\]\S{0,200}|repair[/\\]\S{0,200}))"
