@@ -132,30 +132,36 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
         if _BASE64.match(reading.value):
             yield "base64", CERTAIN
         return
-    whole = lower.strip().strip("\"'`")
-    if any(sign in whole for sign in ("/./", "\\.\\", "/.\\", "\\./")):
-        whole = _DOT_SEGMENTS.sub("", whole)
-    whole = whole.lstrip("%\n\r\t =;")
-    if "=" in whole:
-        named = _NAME_OF_FIELD.match(whole)
-        whole = whole[named.end() :] if named is not None else whole
-    if _is_absolute(whole) or (
+    whole = _alone(lower)
+    named = _named(whole)
+    if not named and ("%00" in reading.value or "\x00" in reading.value):
         # Where the name ends for what is written in C.
-        ("%00" in reading.value or "\x00" in reading.value) and _is_absolute(_SUFFIX.sub("", whole))
-    ):
-        yield "absolute", CERTAIN
+        named = _named(_SUFFIX.sub("", whole))
+    if named:
+        yield named, CERTAIN
     if _BASE64.match(reading.value.strip()):
         yield "base64", CERTAIN
     if any(sign in lower for sign in ("..", "0x2e", ".\\.", "./.", ".\\\\")):
         yield from _ways_up(_spelt_out(lower), reading)
 
 
-def _is_absolute(path: str) -> bool:
+def _alone(text: str) -> str:
+    """A path without what is around it: quotes, the name of a field, segments that stay where they are."""
+    text = text.strip().strip("\"'`")
+    if any(sign in text for sign in ("/./", "\\.\\", "/.\\", "\\./")):
+        text = _DOT_SEGMENTS.sub("", text)
+    text = text.lstrip("%\n\r\t =;")
+    field = _NAME_OF_FIELD.match(text) if "=" in text else None
+    return text if field is None else text[field.end() :]
+
+
+def _named(path: str) -> str:
+    """What a path names by itself, as the reason of a finding; nothing if there are no secrets in it."""
     if _ABSOLUTE.match(path):
-        return True
-    if " " in path:
-        return False
-    return _NAMED.match(path) is not None or ("://" not in path and _ENDS_IN_SECRETS.search(path) is not None)
+        return "absolute"
+    if " " not in path and (_NAMED.match(path) or ("://" not in path and _ENDS_IN_SECRETS.search(path))):
+        return "sensitive-file"
+    return ""
 
 
 def _spelt_out(text: str) -> str:
