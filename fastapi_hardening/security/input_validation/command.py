@@ -32,7 +32,9 @@ _STRONG = (
     "hping3|ping6?|"
     "getcap|rbash|setsid|stdbuf|unzip|gzip|gunzip|bzip2|mysqldump|iconv|nsenter|chroot|docker|kubectl|"
     "pkill|killall|dir\\s{1,3}[a-z]:|echo|expr|set\\s/a|net\\s{1,3}(?:user|localgroup|group|view|use|"
-    "start|share|stat)|(?:ba|z|k|da)?sh\\s{1,3}-c"
+    "start|share|stat)|(?:ba|z|k|da)?sh\\s{1,3}-c|usleep|lastlog|dpkg|nltest|ipcs|strace|gdb|calc\\.exe|notepad\\.exe|"
+    "get-(?:childitem|process|content|wmiobject|service)|invoke-(?:webrequest|command|expression|restmethod)|"
+    "start-(?:process|sleep)"
 )
 # Commands that are words, too.
 _WEAK = (
@@ -43,7 +45,7 @@ _WEAK = (
     "finger|mount|which|env|node|system|passthru|shell_exec|popen|tar|zip|diff|watch|service|systemctl|"
     "host|route|read|wait|uptime|"
     "groups|users|w|uniq|comm|file|stat|locate|source|alias|history|logger|timeout|nice|sysinfo|attrib|"
-    "break|true|false|cd|fdisk|free|screen|dd"
+    "break|true|false|cd|fdisk|free|screen|dd|ip|ss|tr|calc|visudo|su|pip3?|trap|powercfg"
 )
 _PATHS = r"(?:\./|(?:/[\w.*?-]{1,32}){0,6}/|[a-z]:\\(?:[\w ]{1,32}\\){0,6}|%\w{1,20}%\\|~/)?"
 _SEPARATOR = r"(?:;|\|{1,2}|&{1,2}|\n|\r|\$\(|<\(|>\(|\\[nr]|\$\{IFS\}|=\(|!\s?`)"
@@ -53,7 +55,7 @@ _SHELL_ARGUMENT = (
     r"%\w{1,30}%|https?:|ftp:|\d{1,3}\.\d|0x|\d{1,12}\s{0,3}(?:[;|&`)#]|$)|"
     r"localhost|[\w-]{1,40}\.(?:com|net|org|ru|io|txt|php|sh|py|exe|ini|log|conf|html?|js|bat|ps1|me|site|"
     r"xyz|example)\b|\S{1,80}\s{0,3}[;|&`)]|"
-    r"&\d|/dev/|@|passwd|etc\b)"
+    r"[\w.+-]{1,40}@|&\d|/dev/|@|passwd|etc\b)"
 )
 _END = r"(?=\s{0,9}(?:$|[;|&`)\n\r#<>\"'}]|\\[nr]))"
 
@@ -67,12 +69,13 @@ _TAIL = Pattern(
     rf"(?P<ended>{_END})|(?P<glued>[<>,({{$%+]|/(?=[a-z?]\b))|"
     rf"(?P<argued>\s{{1,9}}{_SHELL_ARGUMENT})|(?P<spaced>\s{{1,9}})"
 )
-_FIRST_WORD = Pattern(rf"[\s\"'({{;|&]{{0,6}}{_PATHS}(?P<word>[a-z_][\w.-]{{0,24}})")
+_FIRST_WORD = Pattern(rf"[\s\"'({{;|&<^]{{0,6}}{_PATHS}(?P<word>[a-z_][\w.-]{{0,24}})")
 _STRONG_WORD = Pattern(rf"(?:{_STRONG})$")
 _WEAK_WORD = Pattern(rf"(?:{_WEAK})$")
 _TWO_WORDS = Pattern(
     r"(?:net\s{1,3}(?:user|localgroup|group|view|use|start|share|stat)|(?:ba|z|k|"
-    r"da)?sh\s{1,3}-c|dir\s{1,3}[a-z]:|set\s/a)(?![\w-])"
+    r"da)?sh\s{1,3}-c|dir\s{1,3}[a-z]:|set\s/a|ps\s{1,3}(?:aux|-?ef?)|ip\s{1,3}(?:a|addr|route)|"
+    r"reg\s{1,3}(?:query|add|save)|format\s{1,3}[a-z]:|su\s{1,3}-|start\s{1,3}[\w-]{1,30}\.exe)(?![\w-])"
 )
 
 
@@ -82,7 +85,10 @@ def _kind_of(word: str) -> str:
     word = word.rstrip(".-")
     if _STRONG_WORD.match(word):
         return "strong"
-    return "weak" if _WEAK_WORD.match(word) or _WEAK_WORD.match(word.removesuffix(".exe")) else ""
+    word = word.removesuffix(".exe")
+    if _STRONG_WORD.match(word):
+        return "strong"
+    return "weak" if _WEAK_WORD.match(word) else ""
 
 
 _WITH_PATH = Pattern(
@@ -90,8 +96,8 @@ _WITH_PATH = Pattern(
     rf"c:\\(?:windows|winnt|inetpub)\\)[\w?*]"
 )
 _TICKS = Pattern(
-    rf"\S{{0,40}}(?<!`)`(?!`)\s{{0,4}}{_PATHS}(?:{_STRONG}|"
-    rf"{_WEAK})(?![\w-])[^`\n]{{0,200}}(?:`[^`\s]{{0,20}}\s{{0,4}}|$)$"
+    rf"(?:(?:cat|echo|ls|wget|curl|nslookup|ping|host|dig)\s{{1,4}})?\S{{0,80}}(?<!`)`(?!`)\s{{0,4}}{_PATHS}(?:{_STRONG}|"
+    rf"{_WEAK})(?![\w-])[^`\n]{{0,200}}(?:`[^`\s]{{0,20}}(?:\s{{0,4}}[#;|&]\s{{0,4}})?\s{{0,4}}|$)$"
 )
 _SUBSTITUTION = Pattern(rf"(?:\$\(|<\()\s{{0,4}}{_PATHS}(?:{_STRONG}|{_WEAK})(?:{_END}|\s{{1,9}}{_SHELL_ARGUMENT})")
 _WHOLE = Pattern(
@@ -102,6 +108,36 @@ _WHOLE = Pattern(
     rf"[a-z]:[\\/][\w.\\/ ]{{0,120}}|\d{{1,3}}(?:\.\d{{1,3}}){{3}}|localhost|https?://\S{{1,200}}))"
     r"[\s\"')};&|#]{0,6}$"
 )
+# What nobody would write but to have it run, from the first word on.
+_UNMISTAKABLE = Pattern(
+    r"[\s\"'({;|&@]{0,6}(?:%(?:comspec|systemroot)%\S{0,60}\s{1,4}/|"
+    r"rm\s{1,4}-\w{0,4}[rf]\w{0,4}\s{1,4}(?:[/~*.$-]|\S{1,60}\s{0,4}$)|"
+    r"(?:wget|curl)\s{1,4}(?:-\S{1,30}\s{1,4}(?:[\w./]{1,60}\s{1,4})?){0,6}[\"']?(?:https?|ftp)://\S{1,300}"
+    r"(?:\s{1,4}(?:-\S|[|>;&])|\s{0,4}$)|"
+    r"(?:nc|ncat|netcat)(?:\.exe)?\s{1,4}(?:-[a-z]{1,6}\s{1,4})?(?:-[a-z]|/bin/|\d{1,3}(?:\.\d{1,3}){3}|\d{2,5}\s{0,3}$)|"
+    r"(?:powershell|pwsh)(?:\.exe)?\s{1,4}(?:-[a-z]|iex|invoke-|\$|\(|\"|&)|cmd(?:\.exe)?\s{1,4}/[ckq]\b|"
+    r"(?:certutil|bitsadmin|schtasks|wmic|netsh|sc|reg)(?:\.exe)?\s{1,4}(?:[-/][a-z]|process\s|query\s|add\s|"
+    r"firewall\s|advfirewall\s)|"
+    r"(?:mshta|regsvr32|rundll32|cscript|wscript)(?:\.exe)?\s{1,4}(?:/|https?:|[\w.\\:-]{1,80}[.,])|"
+    r"net\s{1,4}(?:user|localgroup|group|use|view|share)\s{1,4}[^\n]{0,80}(?:/[a-z]{2}|\\\\)|"
+    r"(?:python[\d.]{0,4}|perl|ruby|php[\d.]{0,4}|node|lua)\s{1,4}-(?:[a-z]{1,4}\s{1,4})?[cemrn]\s{0,3}[\"']|"
+    r"[gmn]?awk\s{1,4}'\s{0,4}begin|perl\s{1,4}-mio|"
+    r"find\s{1,4}[/.~][^\s|;]{0,60}\s{1,4}(?:-\w{1,10}\s{1,4}[^\s|;]{1,40}\s{1,4}){0,3}-(?:exec|perm|delete)|"
+    r"(?:ping|nslookup|telnet|traceroute|tracert)\s{1,4}(?:-[a-z]\s{0,2}\d{0,6}\s{1,4}){0,3}"
+    r"(?:\d{1,3}(?:\.\d{1,3}){3}|localhost|(?:[\w-]{1,63}\.){1,6}[a-z]{2,12})(?:\s{1,4}\d{1,5})?\s{0,4}$|"
+    r"chmod\s{1,4}(?:-r\s{1,4})?(?:[0-7]{3,4}|[augo]{0,3}\+[rwxst]{1,4})\s{1,4}[/.\w]\S{0,80}\s{0,4}$|"
+    r"(?:ba|z|k|da|c)?sh\s{1,4}-i\b|echo\s{1,4}(?:\$\{?[a-z_]{2,20}\}?|%[a-z_]{2,30}%)\s{0,4}$|"
+    r"cat\s{1,4}(?:`|<|[\w./-]{0,60}\*[\w.]{0,20}\s{0,4}$)|"
+    r"(?:\$0|[a-z][\w.]{1,11})\s{0,2}(?<!<)<<<(?!<)\s{0,3}\S)"
+)
+# Something that is piped into a shell, or that a shell reads or writes by itself.
+_INTO_SHELL = Pattern(
+    r"\|\s{0,4}(?:sudo\s{1,4})?(?:/[\w/]{1,20}/)?(?:ba|z|k|da)?sh(?:\s{1,4}-\w{0,4})?[\s\"'`;)]{0,6}$|"
+    r"(?:\$\(|`)\s{0,3}<\s{0,3}(?:[/~]|\.{1,2}/)|^\s{0,4}[;|&]?\s{0,3}[012&]?(?:>{1,2}|<)\s{0,3}/(?:tmp|etc|var|dev|home|root|proc)/|"
+    r"(?:^|[;|&`\n])\s{0,4}\.\s{1,4}/(?:etc|home|root|tmp|proc)/"
+)
+_SLICE = Pattern(r"\$\{[a-z_]\w{0,20}(?::\d{1,3}:\d{1,3}|%%?[^}\s]{1,20}|//[^}\s]{1,30}/)\}")
+_ASSIGNMENTS = Pattern(r"(?:[a-z_]\w{0,15}=[^\s;&|]{0,60};\s{0,3}){2,40}\$\{?[a-z_]\w{0,15}\}?\s{0,3}[$/;|]?")
 _SHELL = Pattern(r"\s{0,4}(?:/(?:usr/)?bin/)?(?:ba|z|k|da)?sh\s{1,4}-[a-z]{0,3}c\s{1,4}\S")
 _OPTIONS_ONLY = Pattern(
     rf"\s{{0,4}}{_PATHS}(?:{_STRONG})(?:\s{{1,4}}-[\w]{{1,8}}){{1,4}}\s{{0,4}}$|"
@@ -109,7 +145,8 @@ _OPTIONS_ONLY = Pattern(
     rf"env)\s{{0,4}}$|\w{{1,20}}(?:\s{{1,4}}\S{{1,80}}){{1,6}}\s{{0,4}}$)"
 )
 _ONLY = Pattern(
-    rf"[\s\"'({{]{{0,4}}(?:{_STRONG}|id|ps|dir)\s{{0,3}}[;|&]{{1,2}}\s{{0,3}}$|"
+    rf"[\s\"'({{<^]{{0,4}}(?:{_STRONG}|id|ps|dir)\s{{0,3}}[;|&]{{1,2}}\s{{0,3}}$|"
+    rf"[\s\"'(]{{0,4}}[<^]{{1,2}}\s{{0,3}}(?:whoami|id|ls|uname|ifconfig|ipconfig|netstat)\s{{0,3}}(?:[;|&]{{1,2}}|\\n)?\s{{0,3}}$|"
     rf"\s{{0,4}}(?:which|type|man|sudo)\s{{1,3}}(?:{_STRONG})\s{{0,4}}$"
 )
 _ALONE = Pattern(rf"[\s;|&]{{0,4}}(?:{_STRONG}|id)\W{{0,4}}$")
@@ -119,7 +156,9 @@ _GLOB = Pattern(
     r"[\s;|&/])"
 )
 _BATCH = Pattern(
-    r"\bfor\s{1,9}(?:/[a-z]\s{1,9}){0,3}(?:\"[^\"]{0,40}\"\s{1,4})?%{1,2}[^\s%]{1,12}\s{1,4}in\s{0,4}\(|"
+    r"\bfor\s{1,20}(?:/[a-z]\s{1,9}){0,3}(?:(?:\"[^\"]{0,40}\"|[a-z]:\S{1,60})\s{1,9})?%{1,2}[^\s%]{1,12}\s{1,9}in\s{0,9}\(|"
+    r"\bif\s{1,20}(?:/i\s{1,4})?(?:not\s{1,4})?[\[\"({x]?%[\w~]{1,20}%?[\]\"})]?\s{0,4}(?:==|(?:equ|neq|lss|leq|gtr|geq)\b)|"
+    r"(?:^|[;&|\n])\s{0,4}(?:while|until|for|if)\s[^;\n]{1,120};\s{0,4}(?:do|then)\s[^\n]{1,200};\s{0,4}(?:done|fi)\b|"
     r"\bif\s{1,9}(?:/i\s{1,4})?(?:not\s{1,4})?(?:exist\s{1,4}[\"(]?[a-z]:\\|%\w{1,30}%\s|"
     r"\"%\w{1,30}%\")|"
     r"[;&|]\s{0,4}(?:if|while|until|for)\s[^;\n]{1,120};\s{0,4}(?:then|do)\b|"
@@ -147,6 +186,7 @@ _CODE = Pattern(
     r"(?:['\"`$]|base64_decode|chr\(|getenv|/|(?:cat|ls|id|dir|whoami|sleep|ping|echo|wget|curl|nc|uname)\b)"
     r"|\b(?:os\.(?:system|popen|exec\w{0,3}|spawn\w{0,4})|subprocess\.\w{2,12}|commands\.getoutput|"
     r"pty\.spawn)\s{0,3}\("
+    r"|\bkernel\.(?:exec|system|spawn)\s{0,3}\(|%x\(\s{0,3}['\"]"
     r"|__import__\s{0,3}\(|require\s{0,3}\(?\s{0,3}['\"]child_process|process\.mainmodule|"
     r"\.getruntime\s{0,3}\(\s{0,3}\)\s{0,3}\.\s{0,3}exec|"
     r"processbuilder\s{0,3}\(|\beval\s{0,3}\(\s{0,3}(?:base64_decode|gzinflate|\$_|str_rot13|compile|__|"
@@ -163,7 +203,10 @@ _QUOTES_IN_WORD = Pattern(
     r"(?<=[\w/])(?:''|\"\"|\\(?=[a-z/])|\$@|\$\*|\$\{@\}|\^)(?=[\w/])|\$\(\)|"
     r"(?<=[\w/;|&\s])\\\n(?=\w)"
 )
-_QUOTED_WORD = Pattern(r"[\s;|&]{0,4}(?:\w{0,6}['\"]){3,12}\w{0,6}(?:\s|$)")
+_QUOTED_WORD = Pattern(
+    r"[\s;|&]{0,4}(?:(?:\w{0,6}['\"]){3,12}\w{0,6}(?:\s|$)|\w{1,8}(?:(['\"])\w{1,8}\1\w{0,8}){1,4}(?:[\s;|&]|$)|"
+    r"(['\"])\w{1,4}\2\w{1,8}(?:\s{1,4}[-/.]|\s{0,4}[;|&]))"
+)
 _BLANKS = Pattern(r"\$\{ifs[^}]{0,20}\}|\$ifs(?:\$\d)?|%09|\{ifs\}|\t")
 _BRACES = Pattern(r"\{([\w./-]{1,40}(?:,[\w./:-]{1,80}){1,8})\}")
 _PROSE = Pattern(r"[a-z']{2,40},?\s{1,9}[a-z']{2,40}")
@@ -171,11 +214,13 @@ _SEPARATING = (";", "|", "&", "\n", "\r", "$", "<(", ">(", "=(", "!", "\\n", "\\
 _CODE_WORDS = (
     "system", "exec", "passthru", "popen", "eval", "assert", "subprocess", "__import__", "child_process", "mainmodule",
     "phpinfo", "$_", "md5", "invoke-", "iex", "new-object", "frombase64", "call_user", "create_function", "getoutput",
-    "pty.", "backtick", "processbuilder", "proc_open",
+    "pty.", "backtick", "kernel.", "%x(", "processbuilder", "proc_open",
 )  # fmt: skip
 _BATCH_SIGNS = (
     " in(",
-    " in (",
+    " in ",
+    "==",
+    "if ",
     "exist",
     "{,",
     ",}",
@@ -189,7 +234,10 @@ _BATCH_SIGNS = (
     "% ",
     "%  ",
 )
-_SIGNS = (";", "|", "&", "\n", "`", "$", "\\", "<(", "\r", "/", "-", "(", "<?", "<%", ":", "\\n", "{,", ",}")
+_SIGNS = (
+    ";", "|", "&", "\n", "`", "$", "\\", "<(", "\r", "/", "-", "(", "<?", "<%", ":", "\\n", "{,", ",}", "^", "''", '""',
+    "<", "%",
+)  # fmt: skip
 
 
 def find(reading: Reading) -> Iterator[tuple[str, int]]:
@@ -197,6 +245,8 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
     lower = reading.lower
     reading.steps += 2 * len(lower)
     if not any(sign in lower for sign in _SIGNS):
+        if not reading.signs and _UNMISTAKABLE.match(lower):
+            yield "whole", CERTAIN
         return
     found: set[str] = set()
     for name, score in _in_text(lower, reading):
@@ -232,9 +282,15 @@ def _in_text(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
     yield from _by_themselves(text)
     first = _FIRST_WORD.match(text)
     if first is not None and _kind_of(first["word"]):
-        if _SHELL.match(text) or _ONLY.match(text) or _WHOLE.match(text) or _OPTIONS_ONLY.match(text):
+        if (
+            _UNMISTAKABLE.match(text)
+            or _SHELL.match(text)
+            or _ONLY.match(text)
+            or _WHOLE.match(text)
+            or _OPTIONS_ONLY.match(text)
+        ):
             yield "whole", CERTAIN
-    elif _OPTIONS_ONLY.match(text):
+    elif _OPTIONS_ONLY.match(text) or (("%" in text or "<<<" in text) and _UNMISTAKABLE.match(text)):
         yield "whole", CERTAIN
     if any(word in text for word in _CODE_WORDS):
         found = _CODE.search(text)
@@ -264,7 +320,7 @@ def _separated(text: str) -> Iterator[tuple[str, int]]:
         if found is not None:
             sure = not _is_prose(text, found.start()) or _SENSITIVE.search(found[0])
             yield "substitution", CERTAIN if sure else 2
-    if "=" in text and "$" in text and _VARIABLE.search(text):
+    if "=" in text and "$" in text and (_VARIABLE.search(text) or _ASSIGNMENTS.search(text)):
         yield "variable", CERTAIN
 
 
@@ -278,17 +334,43 @@ def _by_themselves(text: str) -> Iterator[tuple[str, int]]:
         yield "glob", CERTAIN
     if any(sign in text for sign in _BATCH_SIGNS) and _BATCH.search(text):
         yield "script", CERTAIN
+    if ("|" in text or "<" in text or ">" in text or ". /" in text) and _INTO_SHELL.search(text):
+        yield "redirection", CERTAIN
+    if "${" in text and _SLICE.search(text):
+        yield "variable", CERTAIN
     if "{" in text and _SHELLSHOCK.search(text):
         yield "shellshock", CERTAIN
+
+
+_ONE_VALUE = Pattern(
+    r"\s{0,3}[\"']?(?:\d[\d.]{0,40}|[\w-]{1,63}(?:\.[\w-]{1,63}){1,5}|\w{0,40}[\"'](?:\)){0,3})[\"']?\s{0,3}$"
+)
+_ONE_WORD = Pattern(r"(?:\w{1,20}=)?\w{1,40}$")
+_FEW = frozenset({"id", "dir", "ps", "ver", "cat", "w", "set", "env"})
+
+
+def _is_put_behind(match: re.Match[str], text: str) -> bool:
+    """Whether nothing but a number, an address or another command stands before, and nothing comes after."""
+    before = text[: match.start()]
+    if len(before) > 80 or text[match.end() :].strip("\"'`;|&#) \n\r"):  # noqa: PLR2004
+        return False
+    if match["word"] not in _FEW and _kind_of(match["word"]) != "strong":
+        return False
+    if _ONE_VALUE.match(before) is not None or _kind_of(before.strip()) == "strong":
+        return True
+    # "name&id" is a part of a query.
+    return match[0][:2] == "&&" and _ONE_WORD.match(before) is not None
 
 
 def _score_of(match: re.Match[str], end: int, kind: str, text: str) -> int:  # noqa: PLR0911 - a table of cases
     tail = _TAIL.match(text, end)
     if tail is None:
         return CERTAIN if kind == "phrase" and not _is_prose(text, match.start()) else 0
-    prose = _is_prose(text, match.start())
     separator = match[0][:2]
     first = separator[0]
+    if tail["ended"] is not None and first in "&\n|" and match.start() and _is_put_behind(match, text):
+        return CERTAIN
+    prose = _is_prose(text, match.start())
     if tail["argued"] or tail["glued"]:
         if _SENSITIVE.search(text, match.start(), match.start() + 200):
             return CERTAIN
@@ -303,6 +385,8 @@ def _score_of(match: re.Match[str], end: int, kind: str, text: str) -> int:  # n
         return CERTAIN
     # "AT&T; date" is a list; ";date" is none.
     before = text[max(0, match.start() - 40) : match.start()].strip()
+    if separator[0] == "&" and separator[1:].isalpha() and "=" in before:
+        return 2
     glued = not match[0][1:2].isspace() or not any(map(str.isalpha, before))
     return CERTAIN if glued and (first != "&" or match.start() == 0 or text[end : end + 40].strip()) else 2
 

@@ -26,7 +26,7 @@ MOST_ROUNDS = 4
 _PERCENT = Pattern(r"(?:%[0-9A-Fa-f]{2})++")
 _MICROSOFT = Pattern(r"%[uU]([0-9A-Fa-f]{4})")
 _ENTITY = Pattern(r"&(?:#[xX]0*+([0-9A-Fa-f]{1,6})|#0*+([0-9]{1,7})|([A-Za-z][A-Za-z0-9]{1,31}));?")
-_ESCAPE = Pattern(r"\\(?:u([0-9A-Fa-f]{4})|u\{0*+([0-9A-Fa-f]{1,6})\}|x([0-9A-Fa-f]{2})|0(?![0-9x]))")
+_ESCAPE = Pattern(r"\\(?:u([0-9A-Fa-f]{4})|u\{0*+([0-9A-Fa-f]{1,6})\}|x([0-9A-Fa-f]{2})|0(?![0-9xX]))")
 
 _OLDEST = ("lt", "gt", "quot", "amp", "LT", "GT", "QUOT", "AMP")
 _HIGHEST = 0x10FFFF

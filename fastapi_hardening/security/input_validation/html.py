@@ -20,7 +20,7 @@ CLASS = "xss"
 CERTAIN = 5
 SUSPICIOUS = 3
 
-_NAME_END = Pattern(r"[\s/>]")
+_NAME_END = Pattern(r"[\s/<>]")
 _ATTRIBUTE = Pattern(
     r"""[\s/"'`]*+([^\s/>=][^\s/>=]*+)?+(?:\s*+=\s*+("[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z)|`[^`>]*+`?|[^\s>]*+))?+""",
     re.DOTALL,
@@ -165,9 +165,6 @@ def tags(text: str) -> Iterator[Tag]:
         if text[start : start + 1].isalpha() or text[start : start + 1] in ("?", "!", "/", "%"):
             ended = _NAME_END.search(text, start)
             end = ended.start() if ended else len(text)
-            following = text.find("<", start, end)
-            if following >= 0:
-                end = following
             name = text[start:end].lower()
             attributes, end = _attributes(text, end)
             yield Tag(name, closing, attributes, end)
@@ -226,6 +223,7 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:  # noqa: C901 - a list 
 
 
 def _in_tags(text: str) -> Iterator[tuple[str, int]]:
+    last_end = text.lower().rfind("</script")
     for tag in tags(text):
         name = tag.name
         if tag.closing:
@@ -235,7 +233,7 @@ def _in_tags(text: str) -> Iterator[tuple[str, int]]:
             continue
         bare = name.rpartition(":")[2]
         if bare.startswith("script") or bare.rstrip("\"'`;") in _RUNS:
-            prose = not tag.attributes and _PROSE.match(text, tag.end) and "</script" not in text[tag.end :].lower()
+            prose = not tag.attributes and _PROSE.match(text, tag.end) and last_end < tag.end
             yield "script", SUSPICIOUS if prose else CERTAIN
         elif bare == "xss" or (bare in _LOADS and any(value for _, value in tag.attributes)):
             yield "loading-element", CERTAIN

@@ -28,7 +28,7 @@ _GRAMMARS: dict[str, tuple[str, str, bytes]] = {
     "sql": ("sql", "find", _EVERY_SIGN),
     "xss": ("html", "find", b"<>(`=:[+$"),
     "traversal": ("traversal", "find", b"/\\:%\xef\xee\xe2="),
-    "command": ("command", "find", b";|&\n\r$`<>(\\/?[{'\"+%:"),
+    "command": ("command", "find", b";|&\n\r$`<>(\\/?[{'\"+%:^"),
     "template": ("template", "find", b"{<@[#$(_"),
     "ldap": ("ldap", "find", b"*|&()@/"),
     "nosql": ("nosql", "find", b"$'\"|=(;:"),

@@ -24,13 +24,13 @@ _WORDS_SOURCE = (
     r"\s{0,9}(?:[-.\d]{1,40}(?:e\d{1,3})?\s{0,9}(?:or|and|xor|union|order|group|having|waitfor|limit|exec|execute|select|"
     r"insert|drop|delete|update|rlike|like|between|"
     r"in|where|procedure|as|is|not)|union|select|exec|order\s{1,9}by|having|etc|or|and|drop|truncate|"
-    r"waitfor|procedure|shutdown|ping|which|create|grant|"
+    r"waitfor|procedure|shutdown|ping|which|ls|uname|netstat|nslookup|nc|ncat|powershell|wget|curl|telnet|create|grant|"
     r"insert|delete|update|alter|print|declare|where)\s"
 )
 _WORDS = Pattern(_WORDS_SOURCE, re.IGNORECASE)
 _COMMON = Pattern(
     r"\d{1,4}[-:.]\d\d[-:.T ][\d:.T+ -]{1,30}Z?|[\w.+-]{1,64}+@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}"
-    r"|(?!0x|etc/|proc/|boot|web-inf|meta-inf|Li4v|L2V0)[\w-](?:[\w.+-]{1,200}+/?+[\w.+-]{0,200}+(?==|$)|"
+    r"|(?!0x|etc/|proc/|boot|var/|win|web-inf|meta-inf|Li4v|L2V0)[\w-](?:[\w.+-]{1,200}+/?+[\w.+-]{0,200}+(?==|$)|"
     r"[A-Za-z0-9+/]{1,400}+)={0,2}",
     re.IGNORECASE,
 )
@@ -90,7 +90,7 @@ def is_plain_json(data: bytes) -> bool:
 
 def _is_common(text: str) -> bool:
     """Whether a text is one of those that most documents have: a time, a mail address, base64, a name with a slash."""
-    return _COMMON.fullmatch(text) is not None
+    return _COMMON.fullmatch(text) is not None and ".ht" not in text
 
 
 def _is_address(text: str) -> bool:

@@ -286,7 +286,7 @@ def _letter_of(kind: str | None, found: str) -> str:
 _UP = r"[a(]{0,4}"
 _OPERAND = r"(?:[1stvMuT]|n(?:\.n){0,3}|n\.[nM]|M\.[nM]|[fxn]\([^;]{0,60}?\))"
 _LITERAL = r"(?:[1tsvu]|f\([^;]{0,40}?\))"
-_UNION = Pattern(r"U[k(]{0,6}S(?:[k(]{0,6}(?:[1stvu](?!n)|[fxMaKSeT]|n(?:[,(.)coFI;&]|$))|$)")
+_UNION = Pattern(r"U[k(]{0,6}S(?:k1[n1],|[k(]{0,6}(?:[1stvu](?!n)|[fxMaKSeT]|n(?:[,(.)coFI;&]|$))|$)")
 _LONG_COMMENT = Pattern(r"^s[)]{0,9};?z")
 _UNION_ALONE = Pattern(r"^[1sn]?[)]{0,9}U[k(]{0,6}S?$")
 
@@ -323,7 +323,8 @@ _UNQUOTED: tuple[tuple[str, Pattern], ...] = tuple(
         rf"(?<=&)f\([^;]{{0,40}}?\)|"
         rf"(?<=\()f\([^;]{{0,40}}?\))[)]{{0,9}}(?:a{_LITERAL}){{0,4}}[)]{{0,9}}(?:o[(]{{0,4}}(?:[1tvsuSfx"
         rf"Ma]|n|$)|l(?:[(]{{1,3}}[1stvuS]|[stvuS]))",
-        "equality": rf"^[^o;]{{0,6}}&{_UP}(?:1[)]{{0,3}}o[(]?(?:[1v]|[fx][(]|[(]?S)|so[su])",
+        "equality": rf"^[^o;]{{0,6}}&{_UP}(?:1[)]{{0,3}}o[(]?(?:[1v]|[fx][(]|[(]?S)|so[su])|"
+        r"[)1s]&[(]{1,3}(?:1o[fn][(]|[fn][(][)]o1)",
         "logic": r"^[)]{0,9}&[a(]{0,4}[fx][(]|^a?1[)]{0,9}&[a(]{0,4}(?:t(?:$|[cz;&)])|1[)]{0,3}c|"
         r"[(]{0,3}(?:S|x[(]|e[(]))",
         "subquery": r"^[(]S1[)]$|[1)&oa,(][(]S[k]{0,2}(?:[1svtfxMaK(]|n[),F.(]|S)",
@@ -339,7 +340,8 @@ _UNQUOTED: tuple[tuple[str, Pattern], ...] = tuple(
         "values": r"^a?1?[)]{0,3}(?:,t){1,12}[)]",
         "arithmetic": r"^a?1[a&]{1,2}[(]{0,3}(?:x[(]|f[(]|[(]S|S)",
         "variable": r"S[(]{0,3}v(?:$|[,;cz)FU&])",
-        "query": r"^[(]?Sk?[nT];$|S[nT]FM|"
+        "query": r"^[(]?Sk?[nT];$|S[nT]FM|^[(]?S(?=[^;F]{0,60}[1sxv,(])[^;F]{1,80}FnH$|"
+        r"^[(]?Sk{0,2}[fxn][(][)];$|"
         r"(?:^|[;(])[(]{0,3}S(?:k1|k{0,2})(?:[fx]\([^;]{0,60}\)(?:$|[;c)])|a(?:F[nM(`]|,)|"
         r"(?:[1stvM]|n\.n|[fx]\([^;]{0,60}?\))(?:,(?:[1stvMna]|n\.n|"
         r"[fx]\([^;]{0,40}?\))){0,20}(?:F[(nM]|F)|n(?:,n){1,20}F[nM(])",

