@@ -1,13 +1,10 @@
 """What every test relies on: no settings of the machine it runs on, and a real server for shared state."""
 
 import os
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import coverage
 import hypothesis
 import pytest
 
@@ -16,18 +13,6 @@ from tests.state_server import StateServer
 # How long an example takes says what else the machine does.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def coverage_does_not_wait_for_itself() -> None:
-    """Gives coverage a lock that the thread which holds it may take again.
-
-    Its tracer holds the lock while it takes note of a new file. If garbage is collected at that moment, what that calls
-    is traced, too, and waits for the lock for ever: with coverage 7.17 some test hung in one run of three.
-    """
-    collector: Any = getattr(coverage.Coverage.current(), "_collector", None)
-    if getattr(collector, "data_lock", None) is not None:
-        collector.data_lock = threading.RLock()
 
 
 @pytest.fixture(autouse=True)

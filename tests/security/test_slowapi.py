@@ -971,6 +971,9 @@ def decorated_at_will(decorators: list[dict[str, Any] | None], defaults: list[st
     return app
 
 
+# Not measured: with thousands of threads, each with a greenlet, coverage 7.17 hangs in one run of three, in what is called
+# when garbage is collected.
+@pytest.mark.no_cover
 @settings(max_examples=15)
 @given(
     st.lists(st.none() | DECORATOR, min_size=1, max_size=3),
