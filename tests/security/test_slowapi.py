@@ -1,17 +1,14 @@
 """What was declared with slowapi holds: as its documentation has it, and where slowapi itself does not look."""
 
-import gc
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from slowapi import Limiter, _rate_limit_exceeded_handler
 from slowapi.errors import RateLimitExceeded
 from slowapi.middleware import SlowAPIASGIMiddleware, SlowAPIMiddleware
@@ -946,16 +943,6 @@ def test_the_storage_of_slowapi_is_not_used(caplog: pytest.LogCaptureFixture) ->
 
 # --- beside slowapi itself --------------------------------------------------------------------------------------------
 
-DECORATOR = st.fixed_dictionaries(
-    {"limit_value": st.sampled_from(["1/day", "2/day", "3/day"])},
-    optional={
-        "cost": st.integers(1, 2),
-        "per_method": st.booleans(),
-        "methods": st.sampled_from([["GET"], ["post"]]),
-        "override_defaults": st.booleans(),
-    },
-)
-
 
 def decorated_at_will(decorators: list[dict[str, Any] | None], defaults: list[str]) -> FastAPI:
     """An application with a route for each decorator, in the one shape in which slowapi misses nothing."""
@@ -972,26 +959,25 @@ def decorated_at_will(decorators: list[dict[str, Any] | None], defaults: list[st
     return app
 
 
-@pytest.fixture
-def garbage_that_stays() -> Iterator[None]:
-    """Keeps what a test leaves behind from being collected, now and later.
-
-    Whole applications with slowapi's limiters and their timers, collected at any moment, made this test hang now and then
-    in a callback of ``weakref``.
-    """
-    gc.disable()
-    yield
-    gc.freeze()
-    gc.enable()
+GET, POST = "GET", "POST"
 
 
-@pytest.mark.usefixtures("garbage_that_stays")
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(st.none() | DECORATOR, min_size=1, max_size=3),
-    # None that a decorator has, too: slowapi counts such a one twice, and refuses what would be the last.
-    st.sampled_from([[], ["4/day"], ["5/day"]]),
-    st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["GET", "POST"])), max_size=8),
+# None of the defaults is a limit that a decorator has, too: slowapi counts such a one twice, and refuses the last.
+@pytest.mark.parametrize(
+    ("decorators", "defaults", "asked"),
+    [
+        ([None], ["4/day"], [(0, GET)] * 6),
+        ([{"limit_value": "2/day"}, None], ["4/day"], [(0, GET), (1, GET), (0, POST), (0, GET), (1, GET), (1, POST)]),
+        ([{"limit_value": "3/day", "cost": 2}], [], [(0, GET), (0, GET), (0, POST)]),
+        ([{"limit_value": "1/day", "per_method": True}], [], [(0, GET), (0, POST), (0, GET), (0, POST)]),
+        ([{"limit_value": "1/day", "methods": ["post"]}], ["5/day"], [(0, GET), (0, POST), (0, GET), (0, POST)]),
+        ([{"limit_value": "3/day", "override_defaults": False}], ["4/day"], [(0, GET)] * 5),
+        (
+            [{"limit_value": "2/day"}, {"limit_value": "2/day"}, None],
+            [],
+            [(0, GET), (1, GET), (0, GET), (1, GET), (0, GET), (2, GET)],
+        ),
+    ],
 )
 def test_where_slowapi_looks_it_decides_the_same(
     decorators: list[dict[str, Any] | None], defaults: list[str], asked: list[tuple[int, str]]
