@@ -112,7 +112,9 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 def _rows(model: type[BaseModel], above: Path_) -> Iterator[tuple[Path_, FieldInfo]]:
     """The keys of a concern, and in place of a part with keys of its own those keys."""
     for key, field in model.model_fields.items():
-        choices = (field.annotation, *get_args(field.annotation))
+        # Sections under names of the user's choice are told in one line.
+        by_name = get_origin(field.annotation) is dict
+        choices = () if by_name else (field.annotation, *get_args(field.annotation))
         inner = next((found for choice in choices if (found := _model_in(choice)) is not None), None)
         if inner is None:
             yield (*above, key), field

@@ -20,6 +20,7 @@ from fastapi_hardening.core.redis_store import RedisStore
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore, StoreFailed, StoreRecovered
 from fastapi_hardening.observability.metrics import Recorder
+from fastapi_hardening.resilience.circuit_breaker import CircuitBreakers
 from fastapi_hardening.security.auth.gate import Gate
 from fastapi_hardening.security.auth.keys import RemoteKeys
 from fastapi_hardening.security.auth.overrides import is_open
@@ -97,6 +98,7 @@ class Hardening:
         metrics: What is recorded; add your own series and functions.
         bans: Who is banned; add and lift bans here.
         allow: Who is never limited nor banned; ``None`` for nobody.
+        breakers: Circuit breakers by name; look at them, force and reset them.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
@@ -115,6 +117,7 @@ class Hardening:
     metrics: Recorder
     bans: BanList
     allow: AllowList | None
+    breakers: CircuitBreakers
     store: StateStore
     auth: Gate
     lifecycle: Lifecycle
@@ -166,6 +169,9 @@ class Hardening:
             events=self.events,
             clock=self.clock,
             store=_shared(self.store),
+        )
+        self.breakers = CircuitBreakers(
+            settings.circuit_breaker, events=self.events, clock=self.clock, store=_shared(self.store)
         )
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(

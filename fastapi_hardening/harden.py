@@ -181,7 +181,7 @@ def harden(
         with handle.lifecycle.on_sigterm() if drains else nullcontext():
             await handle.store.open()
             try:
-                async with lifespan(application) as state:
+                async with handle.breakers.sharing(), lifespan(application) as state:
                     handle.lifecycle.finish("lifespan")
                     yield state
             finally:

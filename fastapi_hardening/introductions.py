@@ -22,6 +22,7 @@ from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening
 from fastapi_hardening.observability.request_context import ContextMaker
 from fastapi_hardening.performance.fast_routing import FastRouting
+from fastapi_hardening.resilience import circuit_breaker
 from fastapi_hardening.security import csp_reports, security_txt, slowapi_limits
 from fastapi_hardening.security.auth import openapi as auth_openapi
 from fastapi_hardening.security.auth.layer import check_routes, demand_again
@@ -44,6 +45,13 @@ def introduce(handle: Hardening) -> None:
         csp_reports.measure(handle.metrics.registry, handle.events)
     if settings.security_txt.enabled:
         handle.checks.add("security_txt", security_txt.check(settings.security_txt, handle.clock), critical=False)
+    handle.breakers.on_first.append(lambda: watch_circuits(handle))
+
+
+def watch_circuits(handle: Hardening) -> None:
+    """Has circuits measured and checked, once there is one."""
+    circuit_breaker.measure(handle.metrics.registry, handle.breakers, handle.events)
+    handle.checks.add("circuit_breakers", handle.breakers.check, critical=False)
 
 
 def banned(handle: Hardening) -> Callable[[str], Problem | None] | None:

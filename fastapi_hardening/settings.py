@@ -30,6 +30,7 @@ from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
+from fastapi_hardening.resilience.circuit_breaker import CircuitBreakersSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.auth.settings import AuthSettings
 from fastapi_hardening.security.bans import BansSettings
@@ -201,6 +202,9 @@ class Settings(BaseSettings):
     timeout: NotBuiltYet = NotBuiltYet()
     """Deadlines of handlers; planned."""
 
+    circuit_breaker: CircuitBreakersSettings = CircuitBreakersSettings()
+    """When calls to a service that fails are no longer made."""
+
     docs_pages: DocsPagesSettings = DocsPagesSettings()
     """The pages of the API's documentation."""
 
@@ -280,5 +284,8 @@ def _walk(model: BaseModel, above: Key = ()) -> Iterator[tuple[Key, Any]]:
         value = getattr(model, name)
         if isinstance(value, BaseModel):
             yield from _walk(value, (*above, name))
+        elif isinstance(value, dict) and value and all(isinstance(each, BaseModel) for each in value.values()):
+            for key, section in value.items():
+                yield from _walk(section, (*above, name, key))
         else:
             yield (*above, name), "********" if isinstance(value, SecretStr) else value
