@@ -21,6 +21,7 @@ from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore, StoreFailed, StoreRecovered
 from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.resilience.circuit_breaker import CircuitBreakers
+from fastapi_hardening.resilience.retry import Retries
 from fastapi_hardening.security.auth.gate import Gate
 from fastapi_hardening.security.auth.keys import RemoteKeys
 from fastapi_hardening.security.auth.overrides import is_open
@@ -99,6 +100,7 @@ class Hardening:
         bans: Who is banned; add and lift bans here.
         allow: Who is never limited nor banned; ``None`` for nobody.
         breakers: Circuit breakers by name; look at them, force and reset them.
+        retries: Retry policies by name.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
@@ -118,6 +120,7 @@ class Hardening:
     bans: BanList
     allow: AllowList | None
     breakers: CircuitBreakers
+    retries: Retries
     store: StateStore
     auth: Gate
     lifecycle: Lifecycle
@@ -173,6 +176,7 @@ class Hardening:
         self.breakers = CircuitBreakers(
             settings.circuit_breaker, events=self.events, clock=self.clock, store=_shared(self.store)
         )
+        self.retries = Retries(settings.retry, events=self.events, clock=self.clock)
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(
             settings.trusted_proxies, forwarded_header=settings.forwarded_header, events=self.events

@@ -31,6 +31,7 @@ from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
 from fastapi_hardening.resilience.circuit_breaker import CircuitBreakersSettings
+from fastapi_hardening.resilience.retry import RetriesSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.auth.settings import AuthSettings
 from fastapi_hardening.security.bans import BansSettings
@@ -204,6 +205,9 @@ class Settings(BaseSettings):
 
     circuit_breaker: CircuitBreakersSettings = CircuitBreakersSettings()
     """When calls to a service that fails are no longer made."""
+
+    retry: RetriesSettings = RetriesSettings()
+    """How calls to services are made again."""
 
     docs_pages: DocsPagesSettings = DocsPagesSettings()
     """The pages of the API's documentation."""
