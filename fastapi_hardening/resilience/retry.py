@@ -440,11 +440,11 @@ def is_transient(error: Exception, statuses: tuple[int, ...] = RetrySettings().s
         >>> [is_transient(error) for error in (ConnectionResetError(), TimeoutError(), ValueError())]
         [True, True, False]
     """
+    if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+        return True
     status = status_of(error)
     if status is not None:
         return status in statuses
-    if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
-        return True
     # The clients whose exceptions are not Python's own; who has not imported one cannot have its exceptions.
     clients = (sys.modules.get(name) for name in ("httpx2", "httpx"))
     return any(client is not None and isinstance(error, client.TransportError) for client in clients)
