@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fastapi import FastAPI
 from prometheus_client import Gauge
@@ -30,6 +30,10 @@ from fastapi_hardening.security.bans import BanList
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.security.input_validation import ValidationReport
 from fastapi_hardening.settings import Settings
+from fastapi_hardening.upstreams import OutboundSlot, Upstreams
+
+if TYPE_CHECKING:
+    import httpx2
 
 LayerState = Literal["on", "off", "planned"]
 
@@ -101,6 +105,7 @@ class Hardening:
         allow: Who is never limited nor banned; ``None`` for nobody.
         breakers: Circuit breakers by name; look at them, force and reset them.
         retries: Retry policies by name.
+        upstreams: Other services by name; :meth:`upstream` gives the client of one.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
@@ -121,6 +126,7 @@ class Hardening:
     allow: AllowList | None
     breakers: CircuitBreakers
     retries: Retries
+    upstreams: Upstreams
     store: StateStore
     auth: Gate
     lifecycle: Lifecycle
@@ -134,6 +140,7 @@ class Hardening:
         app: FastAPI,
         settings: Settings,
         inbound: Sequence[Slot] = (),
+        outbound: Sequence[OutboundSlot] = (),
         *,
         authenticators: Sequence[Authenticator] = (),
         permissions_of: PermissionsOf | None = None,
@@ -177,6 +184,14 @@ class Hardening:
             settings.circuit_breaker, events=self.events, clock=self.clock, store=_shared(self.store)
         )
         self.retries = Retries(settings.retry, events=self.events, clock=self.clock)
+        self.upstreams = Upstreams(
+            settings.upstreams,
+            outbound,
+            breakers=self.breakers,
+            retries=self.retries,
+            events=self.events,
+            clock=self.clock,
+        )
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(
             settings.trusted_proxies, forwarded_header=settings.forwarded_header, events=self.events
@@ -212,6 +227,15 @@ class Hardening:
         self.events.subscribe(StoreRecovered, lambda _event: up.set(1))
         self.checks.add("state_store", store.check, critical=False)
         return store
+
+    def upstream(self, name: str) -> "httpx2.AsyncClient":
+        """The client of another service, as the settings name it; with the extra ``http``.
+
+        Raises:
+            KeyError: The settings have none of that name.
+            ConfigurationError: httpx2 is not installed.
+        """
+        return self.upstreams.get(name).client
 
     @property
     def pipeline(self) -> tuple[Layer, ...]:

@@ -11,6 +11,7 @@ Example:
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -43,6 +44,7 @@ from fastapi_hardening.security.request_limits import RequestLimitsSettings
 from fastapi_hardening.security.security_headers import SecurityHeadersSettings
 from fastapi_hardening.security.security_txt import SecurityTxtSettings
 from fastapi_hardening.security.websocket_limits import WebSocketLimitsSettings
+from fastapi_hardening.upstreams import UpstreamSettings
 
 
 class NotBuiltYet(ConcernSettings):
@@ -63,6 +65,9 @@ class TracingSettings(NotBuiltYet):
     engine: Literal["own", "instrumentation", "native"] = "own"
     """What makes the server span."""
 
+
+# It is a host in URLs, and part of a variable's name.
+_UPSTREAM = re.compile(r"[a-z0-9](?:[a-z0-9_-]*[a-z0-9])?")
 
 Environment = Literal["production", "staging", "development"]
 
@@ -209,6 +214,9 @@ class Settings(BaseSettings):
     retry: RetriesSettings = RetriesSettings()
     """How calls to services are made again."""
 
+    upstreams: dict[str, UpstreamSettings] = Field(default_factory=dict)
+    """Other services by name, with everything that stands around their calls."""
+
     docs_pages: DocsPagesSettings = DocsPagesSettings()
     """The pages of the API's documentation."""
 
@@ -259,6 +267,14 @@ class Settings(BaseSettings):
     @classmethod
     def _are_hosts(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(checked_host(entry) for entry in entries)
+
+    @field_validator("upstreams")
+    @classmethod
+    def _are_names(cls, upstreams: dict[str, UpstreamSettings]) -> dict[str, UpstreamSettings]:
+        for name in upstreams:
+            if not _UPSTREAM.fullmatch(name):
+                raise ValueError(f"{name!r}: the name of an upstream has lower-case letters, digits, '-' and '_' only")
+        return upstreams
 
     @field_validator("state_url")
     @classmethod

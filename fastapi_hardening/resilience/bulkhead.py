@@ -34,7 +34,7 @@ from fastapi_hardening.core.call_deadline import remaining
 from fastapi_hardening.core.concurrency import NoRoomError, Places
 from fastapi_hardening.core.configuration import Section
 from fastapi_hardening.core.events import Events
-from fastapi_hardening.core.outbound import CallRefused
+from fastapi_hardening.core.outbound import CallRefused, Outgoing, Send
 
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -131,6 +131,25 @@ class CallBulkhead:
             return await self.call(function, *args, **kwargs)
 
         return cast("F", update_wrapper(calling, function))
+
+    def around(self, send: Send) -> Send:
+        """The bulkhead as a layer around an upstream; an answer that is read later keeps its place until it is read."""
+
+        async def sending(outgoing: Outgoing) -> Any:
+            if not self.places.take_now():
+                await self._wait()
+            try:
+                answer = await send(outgoing)
+            except BaseException:
+                self.places.give_back()
+                raise
+            if outgoing.whole:
+                self.places.give_back()
+            else:
+                outgoing.when_closed.append(self.places.give_back)
+            return answer
+
+        return sending
 
     async def _wait(self) -> None:
         left = remaining()

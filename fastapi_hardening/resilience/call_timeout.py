@@ -29,6 +29,7 @@ from typing import Any, TypeVar, cast
 
 from fastapi_hardening.core.call_deadline import within
 from fastapi_hardening.core.events import Events
+from fastapi_hardening.core.outbound import Outgoing, Send
 from fastapi_hardening.core.problem import Problem
 
 R = TypeVar("R")
@@ -111,6 +112,15 @@ class CallTimeout:
         """
         async with self.guard():
             return await function(*args, **kwargs)
+
+    def around(self, send: Send) -> Send:
+        """The timeout as a layer around an upstream."""
+
+        async def sending(outgoing: Outgoing) -> Any:
+            async with self.guard():
+                return await send(outgoing)
+
+        return sending
 
     def __call__(self, function: F) -> F:
         """Puts the timeout around an asynchronous function, as a decorator.

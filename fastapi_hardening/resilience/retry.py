@@ -46,13 +46,10 @@ from fastapi_hardening.core.call_deadline import remaining
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings, Section
 from fastapi_hardening.core.events import Events
-from fastapi_hardening.core.outbound import CallRefused, status_of
+from fastapi_hardening.core.outbound import CallRefused, Outgoing, Send, status_of
 from fastapi_hardening.core.tally import BoundedCounter
 
 logger = logging.getLogger("fastapi_hardening.retry")
-
-IDEMPOTENT = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "QUERY"))
-"""The methods that may be repeated (RFC 9110, section 9.2.2)."""
 
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -340,6 +337,29 @@ class Retry:
         wrapper = calling if inspect.iscoroutinefunction(function) else calling_sync
         return cast("F", update_wrapper(wrapper, function))
 
+    def around(self, send: Send, *, unsent: tuple[type[Exception], ...] = ()) -> Send:
+        """The policy as a layer around an upstream.
+
+        Args:
+            send: The next layer.
+            unsent: Exceptions that say that nothing was sent, so that also what may not happen twice is tried again.
+        """
+        careful = Retry(
+            self.name,
+            self.settings,
+            on=unsent,
+            budget=self.budget,
+            events=self._events,
+            clock=self._clock,
+            sleep=self._sleep,
+        )
+
+        async def sending(outgoing: Outgoing) -> Any:
+            policy = self if outgoing.repeatable else careful
+            return await policy.call(send, outgoing)
+
+        return sending
+
     def _tell(self, state: RetryCallState) -> None:
         scheduled = RetryScheduled(self.name, state.attempt_number, state.upcoming_sleep, _reason(state))
         logger.info("%s: attempt %d failed with %s, the next in %.3g s", *_values(scheduled))
@@ -450,16 +470,6 @@ def is_transient(error: Exception, statuses: tuple[int, ...] = RetrySettings().s
     return any(client is not None and isinstance(error, client.TransportError) for client in clients)
 
 
-def is_repeatable(method: str, headers: Mapping[str, str] | None = None) -> bool:
-    """Whether a request of HTTP may be sent twice: by its method, or because it carries an ``Idempotency-Key``.
-
-    Example:
-        >>> is_repeatable("get"), is_repeatable("POST"), is_repeatable("POST", {"Idempotency-Key": "7"})
-        (True, False, True)
-    """
-    return method.upper() in IDEMPOTENT or any(name.lower() == "idempotency-key" for name in headers or ())
-
-
 def retry_after_of(outcome: Any, now: float) -> float | None:
     """How many seconds an answer or an exception says to wait (RFC 9110, section 10.2.3); ``None`` if it does not.
 
@@ -543,10 +553,14 @@ class Retries:
         """
         if name in self._retries:
             raise ValueError(f"there is a retry policy named {name!r} already; get() gives it")
+        if settings is None:
+            settings = self.settings.of(name)
+        elif not self.settings.enabled:
+            settings = settings.model_copy(update={"attempts": 1})
         is_first = not self._retries
         retry = self._retries[name] = Retry(
             name,
-            settings or self.settings.of(name),
+            settings,
             on=on,
             is_failure=is_failure,
             budget=budget,

@@ -19,7 +19,7 @@ from fastapi_hardening import Settings, harden
 from fastapi_hardening.core.call_deadline import within
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.events import Events
-from fastapi_hardening.core.outbound import CallRefused
+from fastapi_hardening.core.outbound import CallRefused, is_repeatable
 from fastapi_hardening.resilience.retry import (
     Retries,
     RetriesSettings,
@@ -28,7 +28,6 @@ from fastapi_hardening.resilience.retry import (
     RetryGivenUp,
     RetryScheduled,
     RetrySettings,
-    is_repeatable,
     is_transient,
     retry_after_of,
 )

@@ -16,6 +16,7 @@ from fastapi_hardening.core.check import CheckResult
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings, did_you_mean
 from fastapi_hardening.core.events import Events
+from fastapi_hardening.core.outbound import Outgoing, Send
 from fastapi_hardening.core.store import StateStore
 from fastapi_hardening.resilience.circuit_breaker.breaker import (
     CLOSED,
@@ -154,6 +155,19 @@ class CircuitBreakers:
             for call in self.on_first:
                 call()
         return breaker
+
+    def around(self, send: Send, name_of: Callable[[str], str]) -> Send:
+        """The breakers of the endpoints of an upstream, as a layer around it.
+
+        Args:
+            send: The next layer.
+            name_of: The name of the breaker of an endpoint.
+        """
+
+        async def sending(outgoing: Outgoing) -> Any:
+            return await self.get(name_of(outgoing.endpoint)).call(send, outgoing)
+
+        return sending
 
     def list(self) -> list[CircuitSnapshot]:
         """Every breaker as it is at the moment."""
