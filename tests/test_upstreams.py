@@ -167,8 +167,8 @@ def test_what_may_not_happen_twice_is_sent_once(trouble: Answer) -> None:
         client = handle.upstream("stock")
         for server in servers:
             server.behave = lambda _: trouble
-        outcome = await asyncio.gather(client.post("/", json={}), return_exceptions=True)
-        assert isinstance(outcome[0], httpx2.RemoteProtocolError) or outcome[0].status_code == 503
+        [outcome] = await asyncio.gather(client.post("/", json={}), return_exceptions=True)
+        assert isinstance(outcome, httpx2.RemoteProtocolError if trouble.drop else httpx2.Response)
         assert sum(len(server.seen) for server in servers) == 1
         await asyncio.gather(client.post("/", json={}, headers={"Idempotency-Key": "7"}), return_exceptions=True)
         assert sum(len(server.seen) for server in servers) == 4
@@ -306,20 +306,20 @@ def test_a_slow_endpoint_is_hedged() -> None:
 
 
 def test_one_of_three_endpoints_dies_and_nobody_notices() -> None:
-    """Not one error of a thousand calls; the endpoint is left out, and measured."""
+    """Not one of the calls fails; the endpoint is left out, and measured."""
 
     async def course(handle: Hardening, servers: list[SmallServer]) -> None:
         client = handle.upstream("stock")
         statuses: list[int] = []
 
         async def load() -> None:
-            for _ in range(60):
+            for _ in range(30):
                 statuses.append((await client.get("/")).status_code)
                 if len(statuses) == 100:
                     await servers[0].die()
 
         await asyncio.gather(*(load() for _ in range(10)))
-        assert statuses == [200] * 600
+        assert statuses == [200] * 300
         assert handle.events.count(EndpointEjected) <= 1
         metrics = handle.metrics.expose().decode()
         assert f'hardening_upstream_calls_total{{endpoint="{servers[1].url}",outcome="succeeded"' in metrics
@@ -384,17 +384,17 @@ def test_certificates_are_read_for_https_only() -> None:
     handle = harden(FastAPI(), Settings(_env_file=None, upstreams={"stock": {"base_urls": "https://a,https://b"}}))
     pool = handle.upstreams.get("stock").pool
 
-    async def open_both() -> None:
-        await pool._transport("http://c")
-        assert pool._tls is None
-        await pool._transport("https://a")
-        tls = pool._tls
-        assert tls is not None
-        await pool._transport("https://b")
-        assert pool._tls is tls
+    async def open_all() -> list[Any]:
+        read = []
+        for url in ("http://c", "https://a", "https://b"):
+            await pool._transport(url)
+            read.append(pool._tls)
         await pool.aclose()
+        return read
 
-    asyncio.run(open_both())
+    none, first, second = asyncio.run(open_all())
+    assert none is None
+    assert first is second is not None
 
 
 def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:

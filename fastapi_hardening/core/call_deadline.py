@@ -65,11 +65,6 @@ class within:  # noqa: N801 - reads as asyncio.timeout does
         self._timeout: asyncio.Timeout | None = None
         self._token: Token[float | None] | None = None
 
-    @property
-    def has_expired(self) -> bool:
-        """Whether it was this deadline that ended the block."""
-        return self._timeout is not None and self._timeout.expired()
-
     async def __aenter__(self) -> Self:
         if self._seconds is not None:
             left = remaining()

@@ -67,6 +67,7 @@ class ConnectionPool:
     def __init__(self, settings: ConnectionSettings | None = None) -> None:
         self._settings = settings or ConnectionSettings()
         self._httpx2 = _client_library()
+        self._urls: dict[str, httpx2.URL] = {}
         self._transports: dict[str, httpx2.AsyncHTTPTransport] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tls: Any = None
@@ -79,9 +80,10 @@ class ConnectionPool:
     async def send(self, outgoing: Outgoing) -> Any:
         """Sends a request to the endpoint that was picked for it; the innermost layer."""
         original: httpx2.Request = outgoing.request
-        url = self._httpx2.URL(outgoing.endpoint)
-        prefix = url.raw_path.rstrip(b"/")
-        url = url.copy_with(raw_path=prefix + original.url.raw_path)
+        endpoint = self._urls.get(outgoing.endpoint)
+        if endpoint is None:
+            endpoint = self._urls[outgoing.endpoint] = self._httpx2.URL(outgoing.endpoint)
+        url = endpoint.copy_with(raw_path=endpoint.raw_path.rstrip(b"/") + original.url.raw_path)
         headers = original.headers.copy()
         if headers.get("host") == original.url.netloc.decode("ascii"):
             headers["host"] = url.netloc.decode("ascii")
@@ -97,17 +99,14 @@ class ConnectionPool:
         answer = await (await self._transport(outgoing.endpoint)).handle_async_request(request)
         if not outgoing.whole:
             return answer
+        stream: httpx2.AsyncByteStream = answer.stream  # type: ignore[assignment]
         try:
             # As it came, still encoded: decoding it is the client's.
-            body = b"".join([chunk async for chunk in answer.aiter_raw()])
+            body = b"".join([chunk async for chunk in stream])
         finally:
-            await answer.aclose()
-        return self._httpx2.Response(
-            answer.status_code,
-            headers=answer.headers,
-            stream=self._httpx2.ByteStream(body),
-            extensions=answer.extensions,
-        )
+            await stream.aclose()
+        answer.stream = self._httpx2.ByteStream(body)
+        return answer
 
     async def _transport(self, endpoint: str) -> "httpx2.AsyncHTTPTransport":
         loop = asyncio.get_running_loop()

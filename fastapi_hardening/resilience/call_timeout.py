@@ -21,10 +21,10 @@ Example:
 """
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import update_wrapper
+from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from fastapi_hardening.core.call_deadline import within
@@ -68,6 +68,24 @@ class CallWasTooLong:
     seconds: float
 
 
+class _Guard(within):
+    """The timeout around one block."""
+
+    __slots__ = ("_of",)
+
+    def __init__(self, timeout: "CallTimeout") -> None:
+        super().__init__(timeout.seconds)
+        self._of = timeout
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await super().__aexit__(kind, error, trace)
+        except TimeoutError as ended:
+            raise self._of.told() from ended
+
+
 class CallTimeout:
     """A timeout around calls of one service. One serves any number of tasks.
 
@@ -86,23 +104,15 @@ class CallTimeout:
         self.seconds = seconds
         self._events = events
 
-    @asynccontextmanager
-    async def guard(self) -> AsyncIterator[None]:
-        """The timeout around one block.
+    def guard(self) -> within:
+        """The timeout around one block, which raises :class:`CallTimedOut` when what it waited for was cancelled."""
+        return _Guard(self)
 
-        Raises:
-            CallTimedOut: The block took too long, and what it waited for was cancelled.
-        """
-        bound = within(self.seconds)
-        try:
-            async with bound:
-                yield
-        except TimeoutError as error:
-            if not bound.has_expired:
-                raise
-            if self._events is not None:
-                self._events.emit(CallWasTooLong(self.name, self.seconds))
-            raise CallTimedOut(self.name, self.seconds) from error
+    def told(self) -> CallTimedOut:
+        """Tells that a call took too long, and gives what to raise."""
+        if self._events is not None:
+            self._events.emit(CallWasTooLong(self.name, self.seconds))
+        return CallTimedOut(self.name, self.seconds)
 
     async def call(self, function: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any) -> R:
         """Calls a function, and ends it when it takes too long.

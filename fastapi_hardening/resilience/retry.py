@@ -369,7 +369,7 @@ class Retry:
     def given_up(self, state: RetryCallState, why: Why) -> None:
         """Tells that a call has failed for good."""
         given_up = RetryGivenUp(self.name, state.attempt_number, why, _reason(state))
-        logger.warning("%s: given up after attempt %d with %s (%s)", self.name, given_up.attempts, given_up.reason, why)
+        logger.info("%s: given up after attempt %d with %s (%s)", self.name, given_up.attempts, given_up.reason, why)
         if self._events is not None:
             self._events.emit(given_up)
 
