@@ -91,6 +91,11 @@ def _kind_of(word: str) -> str:
     return "weak" if _WEAK_WORD.match(word) else ""
 
 
+def is_command(word: str) -> bool:
+    """Whether a word, in lower case, is a command, be it that it is a word of a language, too."""
+    return bool(word and _kind_of(word))
+
+
 _WITH_PATH = Pattern(
     rf"{_SEPARATOR}[\s\"'(]{{0,6}}(?:/(?:usr/)?(?:local/)?s?bin/|usr/bin/|/etc/|"
     rf"c:\\(?:windows|winnt|inetpub)\\)[\w?*]"

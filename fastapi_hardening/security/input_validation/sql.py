@@ -69,6 +69,8 @@ for _letter, _words in {
 }.items():
     _KEYWORDS |= dict.fromkeys(_words.split(), _letter)
 _SKIPPED = frozenset({"not"})
+KEYWORDS = frozenset(_KEYWORDS)
+"""The words that clauses are made of."""
 
 _DANGEROUS = words(
     "sleep benchmark pg_sleep load_file extractvalue updatexml xp_cmdshell xp_regread "
@@ -108,6 +110,11 @@ _TELLING = _DANGEROUS | frozenset(
 )  # fmt: skip
 _LONGEST_NAME = 32
 _CALLED = Pattern(r"\s{0,9}([\w.]{1,32})([\s(]{1,9}(?:ro|dna|rox)(?!\w))?")
+
+def is_function(word: str) -> bool:
+    """Whether a word, in lower case, is a function of SQL that a text about something else does not call."""
+    return word in _FUNCTIONS or word in _TELLING
+
 
 # A number that runs into a keyword, which several databases read as two tokens.
 _GLUED = Pattern(
