@@ -36,7 +36,7 @@ _FOREIGN = Pattern(
     "\u3041-\u3094\u30a1-\u30fe\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3"
     "\u2013\u2014\u2022\u20ac\u00a3\u00a9\u00ae\u00b0\u3001\u3002\U0001f300-\U0001f5ff\U0001f600-\U0001f64f]+"
 )
-_QUOTATION = str.maketrans("\u2018\u2019\u201c\u201d\u201e", "''\"\"\"")
+_QUOTATION = str.maketrans("\u2018\u2019\u201c\u201d\u201e", '\'\'"""')
 
 
 def is_prose(text: str) -> bool:

@@ -111,6 +111,7 @@ _TELLING = _DANGEROUS | frozenset(
 _LONGEST_NAME = 32
 _CALLED = Pattern(r"\s{0,9}([\w.]{1,32})([\s(]{1,9}(?:ro|dna|rox)(?!\w))?")
 
+
 def is_function(word: str) -> bool:
     """Whether a word, in lower case, is a function of SQL that a text about something else does not call."""
     return word in _FUNCTIONS or word in _TELLING
@@ -193,9 +194,21 @@ _CLAUSES: tuple[tuple[str, Pattern | None], ...] = tuple(
 )
 
 
+# What a database takes for a blank: comments, and what is on a line behind one.
+_BLANKS = Pattern(r"/\*(?:!\d{0,6})?|\*/|(?:--|#)[^\n]*+\n|[\r\n\t\v\f]")
+_COMMENT = Pattern(r"/\*(?!!)(?:[^*]|\*(?!/))*+\*/")
+
+
 def _has_clause(reading: Reading) -> bool:
     lower = reading.lower
     reading.steps += len(lower)
+    if "/*" in lower:
+        # Once without what is in comments, once with it, for where a comment begins depends on what is a string.
+        reading.steps += 2 * len(lower)
+        lower = f"{_BLANKS.sub(' ', _COMMENT.sub(' ', lower))} {_BLANKS.sub(' ', lower)}"
+    elif "\n" in lower:
+        reading.steps += len(lower)
+        lower = f"{_BLANKS.sub(' ', lower)} {lower}" if "--" in lower or "#" in lower else lower.replace("\n", " ")
     compares = any(sign in lower for sign in _COMPARING)
     for word, pattern in _CLAUSES:
         if word not in lower or (word in ("or", "and") and not compares):
@@ -429,7 +442,7 @@ def _find(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
         before = text[:position].lower()
         for name, score in _after_break_out(tokens, before, quote):
             yield f"quoted-{name}", score
-    if "/*" in text or "\n" in text or _OPENING.match(text[:_OPENING_LENGTH]) or _has_clause(reading):
+    if _OPENING.match(text[:_OPENING_LENGTH]) or _has_clause(reading):
         tokens = _Tokens(text, "")
         reading.steps += len(text) + tokens.count
         yield from _as_it_stands(tokens, reading)
