@@ -55,7 +55,9 @@ def is_plain(text: str) -> bool:
         if text[:4] == "http":
             return ".." not in text and not signs.translate(None, _IN_ADDRESS) and _is_address(text)
         return ".." not in text and _is_common(text)
-    return ".." not in text and (" " not in text or _WORDS.match(text) is None)
+    if ".." in text:
+        return False
+    return " " not in text or (_WORDS.match(text) is None and "select" not in text.lower())
 
 
 def starts_like_a_query(text: str) -> bool:
@@ -89,6 +91,7 @@ def is_plain_json(data: bytes) -> bool:
         and b"{{" not in data
         and b"proto" not in data
         and b"script" not in data
+        and b"select" not in data.lower()
         and _BEGINS_IN_JSON.search(data) is None
     )
 
