@@ -3,7 +3,7 @@ r"""Tells what people write to each other from all the rest, in one look: senten
 Comments, reviews and messages are most of what an application is sent, and their apostrophes, brackets and semicolons
 are the very signs that every grammar begins with. Here each of them is asked whether it stands where a sentence has it:
 an apostrophe within a word, a bracket between a blank and a word, a semicolon before a word that is no command and no
-clause. If all do, no grammar could find anything, and none is asked. Whoever is in doubt says no, which costs time only.
+clause. If all do, no grammar could find anything, and none is asked. In doubt the answer is no, which costs time only.
 
 Example:
     >>> is_prose("It's a fine day (at last); we said: \u201clet's go!\u201d")

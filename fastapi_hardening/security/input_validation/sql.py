@@ -163,7 +163,8 @@ _CLAUSES: tuple[tuple[str, Pattern | None], ...] = tuple(
         "xp_": None,
         "declare": r"declare\W{1,9}@",
         "wai": r"wait?for\W{0,9}(?:delay|time)\b|waifor",
-        "drop": r"drop\s{1,9}\w{1,40}\s?;\s?--|drop\W{1,9}(?:table|database|schema|view|user|login|index|function|procedure|trigger|role)\b",
+        "drop": r"drop\s{1,9}\w{1,40}\s?;\s?--|"
+        r"drop\W{1,9}(?:table|database|schema|view|user|login|index|function|procedure|trigger|role)\b",
         "truncate": r"truncate\W{1,9}table",
         "alter": r"alter\W{1,9}(?:table|database|schema|view|user|login|index|function|procedure|trigger|role)\b",
         "create": r"create\W{1,9}(?:table|database|schema|view|user|login|index|function|procedure|trigger|role)\b",
@@ -198,7 +199,7 @@ _CLAUSES: tuple[tuple[str, Pattern | None], ...] = tuple(
 
 # What a database takes for a blank: comments, and what is on a line behind one.
 _BLANKS = Pattern(r"/\*(?:!\d{0,6})?|\*/|(?:--|#)[^\n]*+\n|[\r\n\t\v\f]")
-_COMMENT = Pattern(r"/\*(?!!)(?:[^*]|\*(?!/))*+\*/")
+_COMMENT = Pattern(r"/\*(?!!)(?:[^*]|\*(?!/))*+(?:\*/|\Z)")
 
 
 def _has_clause(reading: Reading) -> bool:
@@ -353,7 +354,8 @@ _UNQUOTED: tuple[tuple[str, Pattern], ...] = tuple(
         r"[)1s]&[(]{1,3}(?:1o[fn][(]|[fn][(][)]o1)|^[^;]{0,9}[n1]&[(]?v[)]{0,3}o|^n[(][)]&{1,2}[fn][(][^;]{0,9}[)]o",
         "logic": r"^[)]{0,9}&[a(]{0,4}[fx][(]|^a?1[)]{0,9}&[a(]{0,4}(?:t(?:$|[cz;&)])|1[)]{0,3}c|"
         r"[(]{0,3}(?:S|x[(]|e[(]))",
-        "subquery": r"^[(]S1[)]$|^[(]Sk{0,2}1?[nv](?:,[nv]){0,9}F[nM](?:[.]n)?(?:[H)]|$)|[1)&oa,(][(]S[k]{0,2}(?:[1svtfxMaK(]|n[),F.(]|S)",
+        "subquery": r"^[(]S1[)]$|^[(]Sk{0,2}1?[nv](?:,[nv]){0,9}F[nM](?:[.]n)?(?:[H)]|$)|"
+        r"[1)&oa,(][(]S[k]{0,2}(?:[1svtfxMaK(]|n[),F.(]|S)",
         "function": r"(?:^|[&oaS(,1kl;)]|^E)[(]{0,3}x[(][(]{0,3}[1sufvSnM]",
         "stacked": r"^a?[1n]?[)]{0,3};{1,2}(?:S[(]?(?:[1svtfxMa]|n[(,.F])|W|E[v])",
         "clause": r"^[Hh]1o1|^hf[(]|^ry1(?:,1){0,20}c|^a?[1)][)]{0,9}(?:(?:&[1t])?ry(?:1(?:[,;cz&]|$)|[fx][(])|"
@@ -361,7 +363,7 @@ _UNQUOTED: tuple[tuple[str, Pattern], ...] = tuple(
         "where": rf"^a?1[)]{{0,9}}(?:kn)?H{_UP}{_OPERAND}[)]{{0,4}}[ol]",
         "wait": r"Wn?[suv1]",
         "nested": r"[fx][(][fx][(][fx][(]",
-        "comment": r"^;c$",
+        "comment": r"^;c$|^[(]{1,9}[^;?]{0,60}[1sv][)]{1,9}c$",
         "union": r"^a?[1n]?[)]{0,9}U[k(]{0,6}(?:[cz]|1(?:,1){1,60};?[cz]?$)|USn?1(?:,1){1,60}|^a?1?SU1,1",
         "values": r"^a?1?[)]{0,3}(?:,t){1,12}[)]",
         "arithmetic": r"^a?1[a&]{1,2}[(]{0,3}(?:x[(]|f[(]|[(]S|S)",
@@ -450,7 +452,8 @@ def _find(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
             before = text[:position].lower()
             for name, score in _after_break_out(tokens, before, quote):
                 yield f"quoted-{name}", score
-    if _OPENING.match(text[:_OPENING_LENGTH]) or _has_clause(reading):
+    cut_off = text[-9:].rstrip().endswith(("--", "#"))
+    if cut_off or _OPENING.match(text[:_OPENING_LENGTH]) or _has_clause(reading):
         tokens = _Tokens(text, "")
         reading.steps += len(text) + tokens.count
         yield from _as_it_stands(tokens, reading)

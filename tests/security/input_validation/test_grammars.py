@@ -599,6 +599,7 @@ def patterns() -> list[tuple[str, Pattern | re.Pattern[str]]]:
         "jndi",
         "ldap",
         "nosql",
+        "prose",
         "sql",
         "ssrf",
         "template",
@@ -609,7 +610,7 @@ def patterns() -> list[tuple[str, Pattern | re.Pattern[str]]]:
         module = __import__(f"{inspector.__name__.rpartition('.')[0]}.{name}", fromlist=[name])
         for attribute, value in vars(module).items():
             values = value if isinstance(value, tuple) else (value,)
-            named = [each[1] if isinstance(each, tuple) and len(each) > 1 else each for each in values]
+            named = [part for each in values for part in (each if isinstance(each, tuple) else (each,))]
             found += [(f"{name}.{attribute}", each) for each in named if isinstance(each, (Pattern, re.Pattern))]
     return found
 
