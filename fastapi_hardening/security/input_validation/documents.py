@@ -67,7 +67,7 @@ def pairs_of(data: bytes, where: str, shape: Shape) -> Iterator[Text]:
             yield Text((where, name), as_text(unquote_to_bytes(raw_value)), in_line=where == "query")
 
 
-def json_texts(document: Any, path: Path, shape: Shape) -> Iterator[Text]:
+def json_texts(document: Any, path: Path, shape: Shape) -> Iterator[Text]:  # noqa: C901 - one loop, no recursion
     """The keys and the texts of a JSON document that need a look, outermost first.
 
     What its shape exempts is left out, and so is what is plain: most of most documents. Only what is left gets a path.
@@ -76,30 +76,35 @@ def json_texts(document: Any, path: Path, shape: Shape) -> Iterator[Text]:
         if not shape.exempt:
             yield Text(path, document)
         return
-    waiting: list[tuple[Any, _Place, Shape]] = [(document, None, shape)]
+    waiting: list[tuple[Any, _Place, Shape]] = [(document, None, shape)] if isinstance(document, (dict, list)) else []
     while waiting:
         value, place, shape = waiting.pop()
-        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        item = None if isinstance(value, dict) else shape.item
-        for key, child in pairs:
-            if item is None and (not key.isidentifier() or "_proto_" in key or key == "constructor"):
-                yield Text((*path, *_steps(place), key), key, in_line=True, key_of=child)
-            if isinstance(child, str):
-                if not is_plain(child) and not (item or shape.member(key)).exempt:
-                    yield Text((*path, *_steps(place), str(key)), child)
-            elif isinstance(child, (dict, list)):
-                waiting.append((child, (place, key), item or shape.member(key)))
+        if isinstance(value, list):
+            item = shape.item
+            for index, child in enumerate(value):
+                if isinstance(child, (dict, list)):
+                    waiting.append((child, (place, str(index)), item))
+                elif isinstance(child, str) and not is_plain(child) and not item.exempt:
+                    yield Text((*path, *_steps(place), str(index)), child)
+        else:
+            for key, child in value.items():
+                if not key.isidentifier() or "_proto_" in key or key == "constructor":
+                    yield Text((*path, *_steps(place), key), key, in_line=True, key_of=child)
+                if isinstance(child, (dict, list)):
+                    waiting.append((child, (place, key), shape.member(key)))
+                elif isinstance(child, str) and not is_plain(child) and not shape.member(key).exempt:
+                    yield Text((*path, *_steps(place), key), child)
 
 
 # A place in a document: the place that it is in, and its key there.
-_Place = tuple[Any, str | int] | None
+_Place = tuple[Any, str] | None
 
 
 def _steps(place: _Place) -> list[str]:
-    steps = []
+    steps: list[str] = []
     while place is not None:
-        place, key = place
-        steps.append(str(key))
+        place, step = place
+        steps.append(step)
     return steps[::-1]
 
 

@@ -27,7 +27,7 @@ _EVERY_SIGN = bytes(range(256))
 # at all is shown to all of them.
 _GRAMMARS: dict[str, tuple[str, str, bytes]] = {
     "sql": ("sql", "find", _EVERY_SIGN),
-    "xss": ("html", "find", b"<>(`=:[+$"),
+    "xss": ("html", "find", b"<>(`=:[+$*"),
     "traversal": ("traversal", "find", b"/\\:%\xef\xee\xe2="),
     "command": ("command", "find", b";|&\n\r$`<>(\\/?[{'\"+%:^"),
     "template": ("template", "find", b"{<@[#$(_"),

@@ -31,10 +31,10 @@ _SINKS = words("alert prompt confirm eval function fetch atob unescape require s
 
 # Letters of today's scripts that decode to nothing but themselves, and the signs that people write beside them.
 _FOREIGN = Pattern(
-    "[\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017e\u0386\u0388-\u03ce\u0400-\u052f\u0531-\u0556\u0561-\u0586\u05d0-\u05ea"
+    "[\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u0131\u0134-\u013e\u0141-\u0148\u014a-\u017e\u0386\u0388-\u03ce\u0400-\u052f\u0531-\u0556\u0561-\u0586\u05d0-\u05ea"
     "\u0621-\u064a\u0660-\u0669\u0901-\u0939\u093e-\u094d\u0966-\u096f\u0e01-\u0e32\u0e34-\u0e3a\u0e40-\u0e4e"
     "\u3041-\u3094\u30a1-\u30fe\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3"
-    "\u2013\u2014\u2022\u20ac\u00a3\u00a9\u00ae\u00b0\u3001\u3002\U0001f300-\U0001f5ff\U0001f600-\U0001f64f]+"
+    "\u2013\u2014\u2022\u20ac\u00a3\u00a9\u00ae\u00b0\u3001\u3002\U0001f300-\U0001f5ff\U0001f600-\U0001f64f]++"
 )
 _QUOTATION = str.maketrans("\u2018\u2019\u201c\u201d\u201e", '\'\'"""')
 
@@ -64,7 +64,8 @@ _FIRST = Pattern(r"[\s\"'(-]{0,9}([a-z]{0,24})")
 @lru_cache(maxsize=8192)
 def _is_punctuation(found: tuple[str, str, str]) -> bool:  # noqa: PLR0911 - a case for each sign
     """Whether a sign stands where a sentence has it, and before a word that makes nothing else of it."""
-    (before, sign), after, word = found
+    around, after, word = found
+    before, sign = around[0], around[1]
     ends = not after or after in " \t\r\n.,;:)!?"
     if sign in "'\"":
         opens = before in " \t\r\n(" and after.isalpha()

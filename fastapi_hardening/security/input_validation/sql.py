@@ -30,7 +30,7 @@ _TOKEN = Pattern(
     | (?P<inline> /\*.*?(?:\*/|\Z) )
     | (?P<json> ->>? | \#>>? (?=\s*+['"(]) | \#- (?=\s*+['"(]) | @> | <@ | \?[|&] | !?~\*? (?=\s*+') | \?(?=\s*+') )
     | (?P<rest> (?:--|\#)[^\n]*+(?:\n|\Z) )
-    | (?P<text> (?:\b[nxbe]|\bu&)?'(?:[^'\\]|\\.|'')*+(?:'|\Z) | "(?:[^"\\]|\\.|"")*+(?:"|\Z) )
+    | (?P<text> (?:\b[nxbe]|\bu&)?'(?:[^'\\]|\\.|'')*+(?:'|\\?\Z) | "(?:[^"\\]|\\.|"")*+(?:"|\\?\Z) )
     | (?P<number> \d++\.\d*+(?:e[-+]?\d++)?+ | \.\d++ )
     | (?P<word> [\w$]++ | `[^`]{0,64}` | \[\w{1,64}\] )
     | (?P<variable> @@?[\w$`'"]{0,64} )
@@ -198,7 +198,7 @@ _CLAUSES: tuple[tuple[str, Pattern | None], ...] = tuple(
 
 
 # What a database takes for a blank: comments, and what is on a line behind one.
-_BLANKS = Pattern(r"/\*(?:!\d{0,6})?|\*/|(?:--|#)[^\n]*+\n|[\r\n\t\v\f]")
+_BLANKS = Pattern(r"/\*(?:!\d{0,6})?|\*/|(?:--|#)[^\n]{0,200}\n|[\r\n\t\v\f]")
 _COMMENT = Pattern(r"/\*(?!!)(?:[^*]|\*(?!/))*+(?:\*/|\Z)")
 
 
