@@ -53,7 +53,7 @@ _OPTION = r"(?:-{1,2}[a-z0-9]|/[a-z?]{1,3}(?:\s|$)|\+%)"
 _SHELL_ARGUMENT = (
     r"(?:" + _OPTION + r"|[~.]{0,2}/|\\\\|[a-z]:[\\/]|\$|`|[\"'][^\"']{0,80}[\"']|[\"']|>|<|\*|\?\?|\{|"
     r"%\w{1,30}%|https?:|ftp:|\d{1,3}\.\d|0x|\d{1,12}\s{0,3}(?:[;|&`)#]|$)|"
-    r"localhost|[\w-]{1,40}\.(?:com|net|org|ru|io|txt|php|sh|py|exe|ini|log|conf|html?|js|bat|ps1|me|site|"
+    r"\.{1,2}(?:\s|$)|\w{1,8}=[/~$]|localhost|[\w-]{1,40}\.(?:com|net|org|ru|io|txt|php|sh|py|exe|ini|log|conf|html?|js|bat|ps1|me|site|"
     r"xyz|example)\b|\S{1,80}\s{0,3}[;|&`)]|"
     r"[\w.+-]{1,40}@|&\d|/dev/|@|passwd|etc\b)"
 )
@@ -279,7 +279,7 @@ _CODE = Pattern(
     r"(?:\b(?:system|passthru|shell_exec|popen|proc_open|pcntl_exec|assert|create_function|call_user_func|"
     r"backticks?)\s{0,3}\(\s{0,3}"
     r"(?:['\"`$]|base64_decode|chr\(|getenv|/|(?:cat|ls|id|dir|whoami|sleep|ping|echo|wget|curl|nc|uname)\b)"
-    r"|\b(?:os\.(?:system|popen|exec\w{0,3}|spawn\w{0,4})|subprocess\.\w{2,12}|commands\.getoutput|"
+    r"|(?<![.\w])exec\s{0,3}\(\s{0,3}['\"]|\b(?:os\.(?:system|popen|exec\w{0,3}|spawn\w{0,4})|subprocess\.\w{2,12}|commands\.getoutput|"
     r"pty\.spawn)\s{0,3}\("
     r"|\bkernel\.(?:exec|system|spawn)\s{0,3}\(|%x\(\s{0,3}['\"]"
     r"|__import__\s{0,3}\(|require\s{0,3}\(?\s{0,3}['\"]child_process|process\.mainmodule|"

@@ -122,6 +122,10 @@ _SCRIPT_WORDS = (
     "this", "frames", "html", "constructor", "append", "insertadj", "srcdoc", "xmlhttp", "image", "sendbeacon",
     "storage", "unescape", "decodeuri", "atob",
 )  # fmt: skip
+# A page that goes elsewhere with the cookies, or brings code from elsewhere.
+_GIVEN_AWAY = Pattern(
+    r"location(?:\.href)?\s{0,3}=\s{0,3}['\"`][^\n]{0,120}\bcookie\b|^\W{0,8}import\s?\(\s?['\"`](?:https?:)?//"
+)
 # A function that is called with a template and no brackets: sort.call`${alert}1`.
 _TAGGED_CALL = Pattern(
     r"\.\s{0,9}(?:call|apply|bind|from|map|sort|foreach|replace)\s{0,9}`[^`]{0,80}\$\{\s{0,9}(?:alert|prompt|confirm|eval|print|fetch)\b"
@@ -307,12 +311,14 @@ def _addresses(lower: str) -> Iterator[tuple[str, int]]:
         yield "data-address", CERTAIN
 
 
-def _in_scripts(reading: Reading) -> Iterator[tuple[str, int]]:
+def _in_scripts(reading: Reading) -> Iterator[tuple[str, int]]:  # noqa: C901 - a list of questions
     lower = reading.lower
     if "/*" in lower:
         lower = _COMMENT_IN_STYLE.sub("", lower)
     if "`" in lower and _TAGGED_CALL.search(lower):
         yield "template-call", CERTAIN
+    if ("cookie" in lower or "import" in lower) and _GIVEN_AWAY.search(lower):
+        yield "given-away", CERTAIN
     if "[" in lower and _COMPUTED_CALL.search(lower):
         yield "computed-call", CERTAIN
     if _ONLY_A_CALL.match(lower):

@@ -55,7 +55,7 @@ def is_plain(text: str) -> bool:
         if text[:4] == "http":
             return ".." not in text and not signs.translate(None, _IN_ADDRESS) and _is_address(text)
         return ".." not in text and _is_common(text)
-    if ".." in text:
+    if ".." in text or "__proto__" in text:
         return False
     return " " not in text or (_WORDS.match(text) is None and "select" not in text.lower())
 

@@ -330,7 +330,7 @@ _QUOTED: tuple[tuple[str, Pattern], ...] = tuple(
         "expression": r"^s(?:[a&olq]{1,4}[(]{0,3}(?:[1stvu]|n|"
         r"[fx]\([^;]{0,40}?\))[)]{0,3}){0,12}[&olq][a]{0,3}(?:u|s|1s?c)$",
         "stacked": r"^s[)]{0,9};{1,3}(?:[SEWUK]|k[(x]|P)",
-        "clause": r"^s[)]{0,9}(?:(?:&[1t])?ry(?:(?:1|n)[)]{0,9}(?:[,;czhL&]|$)|[fx][(])|[(]{1,4}S|"
+        "clause": r"^s[)]{0,9}(?:(?:&[1t])?ry(?:(?:1|n(?:[.]n)?)[)]{0,9}(?:[,;czhL&]|$)|[fx][(])|[(]{1,4}S|"
         r"h[(1ns]{1,4}o|I[nsTE]|P[n(]|W|L1|xE)",
         "function": r"^s[)]{0,9}(?:[a&o]{1,3}[(]{0,4}(?:[xSK]|f[(]))",
         "comparison": r"^s(?:o|l|ao)(?:[(]{0,3}(?:[su]|1|t)(?:[cz;&)]|$)|[(]{1,3}S|[xf][(])",
@@ -420,8 +420,10 @@ _SAME = Pattern(
 _SPLIT_WORD = Pattern(r"\b(?:un?i?o?/\*\*/i?o?n?\b|se?l?e?/\*\*/l?e?ct)", re.IGNORECASE)
 # A number that ends in an exponent without digits, which MySQL reads as nothing, before a bracket or a full stop.
 _EXPONENT = Pattern(r"(?<![\w.])\d{1,9}\.e(?=[\s(.,)])")
+_SAME_NUMBER = Pattern(r"\s{0,9}(\d{1,9})\s{0,3}=\s{0,3}\1\s{0,9}")
 _NOTHING = Pattern(r"\s{0,9}'\s{0,3}[-^*=<>&|+/%]{1,3}\s{0,3}'\s{0,9}")
-_PROSE_BEFORE = Pattern(r"[a-z]{1,40},?\s{1,9}[a-z]|\d\s{0,3}$")
+_PROSE_BEFORE = Pattern(r"[a-z]{1,40},?\s{1,9}[a-z]")
+_FEET_BEFORE = Pattern(r"\d\s{0,3}$")
 
 CERTAIN = 5
 SUSPICIOUS = 3
@@ -442,7 +444,7 @@ def _find(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
         text = _EXPONENT.sub(" ", text)
     if "/**/" in text and _SPLIT_WORD.search(text):
         text = text.replace("/**/", "")
-    if _NOTHING.fullmatch(text):
+    if _NOTHING.fullmatch(text) or _SAME_NUMBER.fullmatch(text):
         yield "quotes", CERTAIN
         return
     for quote in "'\"`":
@@ -478,6 +480,7 @@ def _after_break_out(  # noqa: C901 - a list of questions
 ) -> Iterator[tuple[str, int]]:
     letters = tokens.letters
     prose = _PROSE_BEFORE.search(before[-80:]) is not None
+    feet = _FEET_BEFORE.search(before[-4:]) is not None
     for name, pattern in _QUOTED:
         if pattern.search(letters) is None:
             continue
@@ -487,7 +490,7 @@ def _after_break_out(  # noqa: C901 - a list of questions
                 continue
             if name in ("expression", "concatenation") and not _says_something(letters, tokens.text):
                 continue
-            if prose or (quote != "'" and name in ("concatenation", "comparison")):
+            if prose or (feet and name != "logic") or (quote != "'" and name in ("concatenation", "comparison")):
                 continue
             yield name, CERTAIN
         else:
