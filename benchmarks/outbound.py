@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import httpx2
 import tenacity
-import uvicorn
 from fastapi import FastAPI
 from overhead import Report, Serve, added, in_turn, progress
 
@@ -94,13 +93,6 @@ async def cost(report: Report) -> None:
 # --- servers ----------------------------------------------------------------------------------------------------------
 
 
-async def _small_app(scope: Any, _receive: Any, send: Any) -> None:
-    if scope["type"] == "http":
-        await asyncio.sleep(0.002)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-        await send({"type": "http.response.body", "body": b"ok"})
-
-
 class Child(NamedTuple):
     """A server in a process of its own."""
 
@@ -114,8 +106,8 @@ def servers(number: int) -> Iterator[list[Child]]:
     children = []
     for _ in range(number):
         listening = socket.create_server(("127.0.0.1", 0))
-        command = [sys.executable, __file__, "--serve", str(listening.fileno())]
-        process = subprocess.Popen(command, pass_fds=[listening.fileno()])  # noqa: S603 - this very program
+        command = [sys.executable, Path(__file__).with_name("small_server.py"), str(listening.fileno())]
+        process = subprocess.Popen(command, pass_fds=[listening.fileno()])  # noqa: S603 - a program of ours
         children.append(Child(f"http://127.0.0.1:{listening.getsockname()[1]}", process))
         listening.close()
     try:
@@ -136,11 +128,6 @@ def _wait_for(url: str) -> None:
         except httpx2.TransportError:
             time.sleep(0.05)
     raise RuntimeError(f"{url} did not come up")
-
-
-def _serve(number: int) -> None:
-    with socket.socket(fileno=number) as listening:
-        uvicorn.Server(uvicorn.Config(_small_app, access_log=False, log_level="error")).run(sockets=[listening])
 
 
 def _upstream(children: Sequence[Child], **changes: Any) -> Any:
@@ -297,11 +284,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and calls")
     parser.add_argument("--only", action="append", choices=PARTS, help="one part; may be repeated")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report there")
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.serve is not None:
-        _serve(chosen.serve)
-        return
     report = Report(quick=chosen.quick)
     for name in chosen.only or PARTS:
         asyncio.run(PARTS[name](report))  # type: ignore[arg-type]
