@@ -141,6 +141,15 @@ def test_the_id_and_the_trace_of_the_request_go_along() -> None:
     assert "traceparent" not in seen[1].headers
 
 
+def test_a_name_may_have_lines_in_it() -> None:
+    """It is the host in the URLs of the client."""
+    upstream = {"base_urls": "http://127.0.0.1:9"}
+    handle = harden(FastAPI(), Settings(_env_file=None, upstreams={"stock-room_2": upstream, "7": upstream}))
+    for name in ("stock-room_2", "7"):
+        client = handle.upstream(name)
+        assert client.build_request("GET", "/x").url.host == name
+
+
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 

@@ -633,6 +633,44 @@ def test_a_circuit_that_opens_opens_in_other_workers_too() -> None:
     assert workers.theirs.state == workers.mine.state == "half-open"
 
 
+def test_an_opening_that_is_known_opens_nothing_again() -> None:
+    """A worker whose trials went well stays closed, though another one's circuit is open still."""
+    workers = Workers()
+
+    def trials(breaker: CircuitBreaker, *, failed: bool) -> str:
+        for _ in range(3 if failed else 5):
+            breaker.record(breaker.acquire(), workers.clock.monotonic(), failed=failed)
+        return breaker.state
+
+    workers.mine.record(workers.mine.acquire(), 0.0, failed=True)
+    workers.exchange()
+    workers.clock.advance(10)
+    assert [workers.mine.state, workers.theirs.state] == ["half-open", "half-open"]
+    assert trials(workers.mine, failed=True) == "open"
+    workers.exchange()
+    assert trials(workers.theirs, failed=False) == "closed"
+    workers.exchange()
+    assert [workers.mine.state, workers.theirs.state] == ["open", "closed"]
+
+
+def test_workers_share_a_real_store(state_url: str, prefix: str) -> None:
+    """Over Redis or Valkey, in two applications of one service."""
+    settings = Settings(_env_file=None, state_url=state_url, service_name=prefix, circuit_breaker={"minimum_calls": 1})
+    one, other = (harden(FastAPI(), settings) for _ in range(2))
+    mine, theirs = (handle.breakers.get("payments") for handle in (one, other))
+
+    async def tell() -> None:
+        mine.record(mine.acquire(), 0.0, failed=True)
+        await one.breakers.exchange()
+        await other.breakers.exchange()
+        for handle in (one, other):
+            await handle.store.close()
+
+    asyncio.run(tell())
+    assert theirs.state == "open"
+    assert 25 < theirs.seconds_left <= 30
+
+
 @pytest.mark.parametrize(
     ("by_hand", "state"),
     [

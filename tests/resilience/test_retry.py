@@ -145,7 +145,7 @@ def test_a_cancelled_wait_ends_the_retries() -> None:
     async def for_ever(_seconds: float) -> None:
         await asyncio.Event().wait()
 
-    kit.retry._sleep = for_ever
+    kit.retry._attempts._sleep = for_ever
 
     async def go_away() -> None:
         task = asyncio.create_task(kit.retry.call(kit.function))

@@ -32,8 +32,9 @@ Example:
     'half-open'
 """
 
-from fastapi_hardening.resilience.circuit_breaker.breaker import (
-    CircuitBreaker,
+from fastapi_hardening.resilience.circuit_breaker.breaker import CircuitBreaker
+from fastapi_hardening.resilience.circuit_breaker.registry import CircuitBreakers, CircuitBreakersSettings, measure
+from fastapi_hardening.resilience.circuit_breaker.states import (
     CircuitBreakerSettings,
     CircuitClosed,
     CircuitForced,
@@ -43,7 +44,6 @@ from fastapi_hardening.resilience.circuit_breaker.breaker import (
     CircuitSnapshot,
     CircuitState,
 )
-from fastapi_hardening.resilience.circuit_breaker.registry import CircuitBreakers, CircuitBreakersSettings, measure
 
 __all__ = [
     "CircuitBreaker",

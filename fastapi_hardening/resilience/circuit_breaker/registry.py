@@ -18,13 +18,13 @@ from fastapi_hardening.core.configuration import ConcernSettings, did_you_mean
 from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.outbound import Outgoing, Send
 from fastapi_hardening.core.store import StateStore
-from fastapi_hardening.resilience.circuit_breaker.breaker import (
+from fastapi_hardening.resilience.circuit_breaker.breaker import CircuitBreaker
+from fastapi_hardening.resilience.circuit_breaker.states import (
     CLOSED,
     DISABLED,
     FORCED_OPEN,
     METRICS_ONLY,
     OPEN,
-    CircuitBreaker,
     CircuitBreakerSettings,
     CircuitClosed,
     CircuitForced,
@@ -88,6 +88,8 @@ class CircuitBreakers:
         # What other workers have not been told yet, and when by hand was last told or heard: by name.
         self._untold: dict[str, tuple[dict[str, Any], float]] = {}
         self._forced_at: dict[str, float] = {}
+        # Each opening counts once, or a circuit whose trials went well would be opened again by an older one.
+        self._opened_until: dict[str, float] = {}
         self._applying = False
         self.on_first: list[Callable[[], None]] = []
         if store is not None:
@@ -144,11 +146,10 @@ class CircuitBreakers:
             settings or self.settings.of(name),
             ignore=ignore,
             is_failure=is_failure,
+            state=CLOSED if self.settings.enabled else DISABLED,
             events=self._events,
             clock=self._clock,
         )
-        if not self.settings.enabled:
-            breaker.disable()
         is_first = not self._breakers
         self._breakers[name] = breaker
         if is_first:
@@ -186,7 +187,7 @@ class CircuitBreakers:
 
     def _note_opened(self, opened: CircuitOpened) -> None:
         if opened.counts is not None and opened.name in self._breakers:
-            until = self._clock.time() + opened.seconds
+            until = self._opened_until[opened.name] = self._clock.time() + opened.seconds
             self._untold[opened.name] = ({"state": OPEN, "until": until}, opened.seconds)
 
     def _note_forced(self, forced: CircuitForced) -> None:
@@ -229,9 +230,11 @@ class CircuitBreakers:
 
     def _hear(self, breaker: CircuitBreaker, told: dict[str, Any]) -> None:
         if told["state"] == OPEN:
-            left = told["until"] - self._clock.time()
-            if left > 0:
+            until = float(told["until"])
+            left = min(until - self._clock.time(), breaker.settings.longest_open_seconds)
+            if left > 0 and until > self._opened_until.get(breaker.name, 0.0):
                 breaker.trip(left)
+            self._opened_until[breaker.name] = until
         elif told["at"] > self._forced_at.get(breaker.name, 0.0):
             self._forced_at[breaker.name] = told["at"]
             by_hand = {
