@@ -3,6 +3,7 @@
     scripts/bench outbound                    in about a minute
     scripts/bench outbound --quick            fewer rounds and calls
     scripts/bench outbound --only failover    one part: cost, client, failover, dead
+    scripts/bench outbound --docs             also puts the report into the page of the concern
 
 Servers are processes of their own, over the loopback interface. «kill» ends one of three by SIGKILL in the middle of
 the load, «hang» stops it by SIGSTOP, so that it accepts connections and never answers. The peer is httpx2 alone, asking
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import httpx2
 import tenacity
 from fastapi import FastAPI
-from overhead import Report, Serve, added, in_turn, progress
+from overhead import BLOCK, ROOT, Report, Serve, added, in_turn, progress
 
 from fastapi_hardening import Settings, harden
 from fastapi_hardening.resilience.bulkhead import CallBulkhead
@@ -38,6 +39,7 @@ from fastapi_hardening.resilience.retry import Retry
 BUDGET_MICROSECONDS = 1.5
 MOST_ERRORS_PERCENT = 0.1
 CALLERS = 20
+PAGE = ROOT / "docs" / "concerns" / "failover.md"
 
 
 # --- what a layer adds around a call that succeeds --------------------------------------------------------------------
@@ -284,6 +286,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and calls")
     parser.add_argument("--only", action="append", choices=PARTS, help="one part; may be repeated")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report there")
+    parser.add_argument("--docs", action="store_true", help="also put the report into docs/concerns/failover.md")
     chosen = parser.parse_args()
     report = Report(quick=chosen.quick)
     for name in chosen.only or PARTS:
@@ -291,6 +294,9 @@ def main() -> None:
     print(report, end="")
     if chosen.out:
         chosen.out.write_text(f"# Calls of other services\n\n{report}", encoding="utf-8")
+    if chosen.docs:
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(BLOCK.sub(lambda block: f"{block[1]}\n{report}\n{block[2]}", page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def introduce(handle: Hardening) -> None:
     handle.breakers.on_first.append(lambda: watch_circuits(handle))
     handle.upstreams.on_first.append(lambda: watch_upstreams(handle))
     handle.retries.on_first.append(lambda: retry.measure(handle.metrics.registry, handle.events))
+    handle.upstreams.make()
 
 
 def watch_circuits(handle: Hardening) -> None:

@@ -94,11 +94,11 @@ class UpstreamSettings(Section):
                 f"circuit_breaker.window_seconds ({window.window_seconds:g}) is below twice attempt_seconds "
                 f"({self.attempt_seconds:g}), so attempts that hang would be forgotten too early"
             )
-        places = self.connections.max_connections * len(self.base_urls)
+        places = self.connections.max_connections
         if self.bulkhead.max_concurrent > places:
             raise ValueError(
-                f"bulkhead.max_concurrent ({self.bulkhead.max_concurrent}) is above the {places} connections to all "
-                "endpoints: calls would wait for a connection, where nothing is fair"
+                f"bulkhead.max_concurrent ({self.bulkhead.max_concurrent}) is above connections.max_connections "
+                f"({places}): when one endpoint is left, calls would wait for a connection, where nothing is fair"
             )
         return self
 
@@ -192,7 +192,7 @@ class Upstream:
 
 
 class Upstreams:
-    """The upstreams of one application by name; each is made the first time that it is asked for.
+    """The upstreams of one application by name; reachable as ``handle.upstreams``.
 
     Args:
         settings: By name.
@@ -252,6 +252,15 @@ class Upstreams:
             for call in self.on_first:
                 call()
         return upstream
+
+    def make(self) -> None:
+        """Makes all of them, so that a mistake is found when the application starts.
+
+        Raises:
+            ConfigurationError: httpx2 is not installed.
+        """
+        for name in self.settings:
+            self.get(name)
 
     def check(self) -> CheckResult:
         """A health check: warns while an endpoint is left out."""

@@ -341,12 +341,13 @@ def test_one_of_three_endpoints_dies_and_nobody_notices() -> None:
 
 
 def test_an_upstream_that_is_not_in_the_settings_is_a_mistake() -> None:
-    """The message guesses which one was meant; nothing is made before it is asked for."""
+    """The message guesses which one was meant; those that are in them are made at once."""
     handle = harden(FastAPI(), Settings(_env_file=None, upstreams={"stock": {"base_urls": "http://a"}}))
     with pytest.raises(KeyError, match="did you mean 'stock'"):
         handle.upstream("stokc")
-    assert list(handle.upstreams) == []
-    assert "upstreams" not in [check.name for check in handle.checks]
+    assert [upstream.name for upstream in handle.upstreams] == ["stock"]
+    assert [snapshot.name for snapshot in handle.breakers.list()] == ["stock at http://a"]
+    assert list(harden(FastAPI(), Settings(_env_file=None)).upstreams) == []
 
 
 def test_health_warns_while_an_endpoint_is_left_out() -> None:
@@ -422,7 +423,7 @@ def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch)
         ({"attempt_seconds": 40}, "above total_seconds"),
         ({"connections": {"connect_seconds": 11}}, "above attempt_seconds"),
         ({"bulkhead": {"wait_seconds": 31}}, "wait_seconds is above total_seconds"),
-        ({"bulkhead": {"max_concurrent": 101}}, "above the 100 connections"),
+        ({"bulkhead": {"max_concurrent": 101}}, "where nothing is fair"),
         ({"failover": {"hedge_after_seconds": 10}}, "nothing would be hedged"),
         ({"circuit_breaker": {"window_seconds": 10}}, "forgotten too early"),
         ({"base_urls": ["ftp://a"]}, "is no address such as"),

@@ -48,8 +48,8 @@ def test_without_a_span_what_came_in_goes_along(traceparent: bytes | None, goes_
 
 
 def test_without_its_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the client is asked for, not before."""
-    handle = harden(FastAPI(), Settings(_env_file=None, upstreams={"stock": {"base_urls": "http://a"}}))
+    """When the application is made, and only if it has upstreams."""
     monkeypatch.setitem(sys.modules, "httpx2", None)
+    harden(FastAPI(), Settings(_env_file=None))
     with pytest.raises(ConfigurationError, match=r"fastapi-hardening\[http\]"):
-        handle.upstream("stock")
+        harden(FastAPI(), Settings(_env_file=None, upstreams={"stock": {"base_urls": "http://a"}}))

@@ -291,7 +291,7 @@ class CircuitBreaker:
         self._force(FORCED_OPEN)
 
     def disable(self) -> None:
-        """Lets every call through and counts none, until :meth:`reset`."""
+        """Lets every call through and counts none, until :meth:`reset`; also known as forced closed."""
         self._force(DISABLED)
 
     def only_measure(self) -> None:
