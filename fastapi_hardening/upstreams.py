@@ -83,7 +83,7 @@ class UpstreamSettings(Section):
         if self.bulkhead.wait_seconds > self.total_seconds:
             raise ValueError(f"bulkhead.wait_seconds is above total_seconds ({self.total_seconds:g}): lower it")
         hedge = self.failover.hedge_after_seconds
-        if hedge is not None and hedge >= self.attempt_seconds:
+        if isinstance(hedge, float) and hedge >= self.attempt_seconds:
             raise ValueError(
                 f"failover.hedge_after_seconds ({hedge:g}) is not below attempt_seconds ({self.attempt_seconds:g}), so "
                 "nothing would be hedged"

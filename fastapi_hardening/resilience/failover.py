@@ -23,9 +23,10 @@ import asyncio
 import logging
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -66,8 +67,9 @@ class FailoverSettings(Section):
     ejecting_statuses: tuple[int, ...] = (502, 503, 504)
     """Answers that count as failures of the endpoint, as exceptions do."""
 
-    hedge_after_seconds: float | None = Field(None, gt=0)
-    """When a request that may be repeated has no answer after so long, a second one is sent to another endpoint."""
+    hedge_after_seconds: Annotated[float, Field(gt=0)] | Literal["p95"] | None = None
+    """When a GET or HEAD has no answer after so long, a second one is sent to another endpoint. ``p95`` is the time in
+    which 95 of the last 100 calls were answered. Unset, nothing is hedged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,37 @@ class Endpoint:
         return seconds
 
 
+class Percentile:
+    """The time in which most of the last calls were answered, reckoned anew every twenty calls.
+
+    Args:
+        share: Which share of the calls.
+
+    Example:
+        >>> p95 = Percentile(0.95)
+        >>> [p95.add(each / 100) for each in range(1, 101)][-1], p95.seconds
+        (None, 0.96)
+    """
+
+    _CALLS = 100
+    _EVERY = 20
+
+    __slots__ = ("_added", "_last", "_share", "seconds")
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._last: deque[float] = deque(maxlen=self._CALLS)
+        self._added = 0
+        self.seconds: float | None = None
+
+    def add(self, seconds: float) -> None:
+        """Counts a call that was answered within so long."""
+        self._last.append(seconds)
+        self._added += 1
+        if self._added % self._EVERY == 0:
+            self.seconds = sorted(self._last)[int(len(self._last) * self._share)]
+
+
 class Failover:
     """The endpoints of one upstream.
 
@@ -199,6 +232,7 @@ class Failover:
         self.name = name
         self.settings = settings or FailoverSettings()
         self.endpoints = {url: Endpoint(url) for url in urls}
+        self._p95 = Percentile(0.95)
         self._is_open = is_open
         self._charge = charge
         self._events = events
@@ -242,19 +276,21 @@ class Failover:
 
     def around(self, send: Send) -> Send:
         """The failover as a layer around an upstream."""
-        hedge_after = self.settings.hedge_after_seconds
+        is_hedging = self.settings.hedge_after_seconds is not None and len(self.endpoints) > 1
 
         async def sending(outgoing: Outgoing) -> Any:
-            if hedge_after is None or not outgoing.hedged or len(self.endpoints) == 1:
-                attempt = self._send(send, outgoing)
-            else:
-                attempt = self._hedge(send, outgoing, hedge_after)
+            after = self._hedge_after() if is_hedging and outgoing.hedged else None
+            attempt = self._send(send, outgoing) if after is None else self._hedge(send, outgoing, after)
             before, outgoing.answer = outgoing.answer, await attempt
             if before is not None and not outgoing.whole:
                 await before.aclose()
             return outgoing.answer
 
         return sending
+
+    def _hedge_after(self) -> float | None:
+        after = self.settings.hedge_after_seconds
+        return self._p95.seconds if after == "p95" else after
 
     async def _send(self, send: Send, outgoing: Outgoing) -> Any:
         """One attempt; an endpoint that is not asked because its circuit is open costs none."""
@@ -285,7 +321,10 @@ class Failover:
         finally:
             endpoint.in_flight -= 1
             if not refused:
-                in_a_row = endpoint.end(started, self._now(), failed=failed)
+                now = self._now()
+                if failed is False:
+                    self._p95.add(now - started)
+                in_a_row = endpoint.end(started, now, failed=failed)
                 if in_a_row >= self.settings.eject_after_failures:
                     self._eject(endpoint)
         return answer

@@ -704,8 +704,9 @@ def test_without_the_store_each_worker_decides_for_itself(caplog: pytest.LogCapt
 
     workers.one._store = Gone()
     workers.mine.force_open()
-    asyncio.run(workers.one.exchange())
-    assert "could not be exchanged" in caplog.text
+    for _ in range(3):
+        asyncio.run(workers.one.exchange())
+    assert caplog.text.count("could not be exchanged") == 1
     workers.one._store = workers.store
     workers.exchange()
     assert workers.theirs.state == "forced-open"

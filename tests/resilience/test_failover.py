@@ -360,6 +360,28 @@ def test_what_may_not_be_hedged_is_not(why: str) -> None:
     assert len(race.started) == 1
 
 
+def test_a_hedge_may_follow_what_is_usual() -> None:
+    """Nothing is hedged before that is known, and then what takes longer than 95 of the last 100 calls."""
+    race = Race()
+    race.failover.settings = FailoverSettings(hedge_after_seconds="p95")
+    assert race.failover._hedge_after() is None
+
+    async def wait(race: Race, _task: "asyncio.Task[Any]") -> None:
+        await asyncio.sleep(0.002)
+        race.may_end[race.started[0]].set()
+
+    assert race.run(wait).status_code == 200
+    assert len(race.started) == 1
+    for seconds in [0.001] * 189 + [9.0] * 11:
+        race.failover._p95.add(seconds)
+    assert race.failover._hedge_after() == 9.0
+    for seconds in [0.001] * 96 + [9.0] * 4:
+        race.failover._p95.add(seconds)
+    race.started.clear()
+    assert race.run(second_is_quicker).status_code == 200
+    assert len(race.started) == 2
+
+
 def test_who_goes_away_ends_both() -> None:
     """Nothing is left under way."""
     race = Race()

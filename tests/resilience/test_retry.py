@@ -408,7 +408,7 @@ def test_a_success_leaves_nothing_for_the_collector() -> None:
     asyncio.run(many())
     gc.collect()
     asyncio.run(many())
-    assert gc.collect() < 50
+    assert gc.collect() < 100
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------

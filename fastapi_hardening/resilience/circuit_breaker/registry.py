@@ -91,6 +91,7 @@ class CircuitBreakers:
         # Each opening counts once, or a circuit whose trials went well would be opened again by an older one.
         self._opened_until: dict[str, float] = {}
         self._applying = False
+        self._is_cut_off = False
         self.on_first: list[Callable[[], None]] = []
         if store is not None:
             events.subscribe(CircuitOpened, self._note_opened)
@@ -225,8 +226,13 @@ class CircuitBreakers:
                 if value is not None:
                     self._hear(self._breakers[name], json.loads(value))
         except Exception as error:  # noqa: BLE001 - the store is gone, or holds what is none of ours
-            logger.warning("circuits could not be exchanged with other workers: %s", error)
+            # Once, and not every second.
+            level = logging.DEBUG if self._is_cut_off else logging.WARNING
+            logger.log(level, "circuits could not be exchanged with other workers: %s", error)
+            self._is_cut_off = True
             self._untold = untold | self._untold
+        else:
+            self._is_cut_off = False
 
     def _hear(self, breaker: CircuitBreaker, told: dict[str, Any]) -> None:
         if told["state"] == OPEN:
