@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from fastapi import FastAPI
+from opentelemetry.trace import TracerProvider
 from prometheus_client import Gauge
 from starlette.types import ASGIApp
 
@@ -19,7 +20,9 @@ from fastapi_hardening.core.lifecycle import Lifecycle
 from fastapi_hardening.core.redis_store import RedisStore
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore, StoreFailed, StoreRecovered
+from fastapi_hardening.observability.health import is_probe
 from fastapi_hardening.observability.metrics import Recorder
+from fastapi_hardening.observability.tracing import Tracing
 from fastapi_hardening.security.auth.gate import Gate
 from fastapi_hardening.security.auth.keys import RemoteKeys
 from fastapi_hardening.security.auth.overrides import is_open
@@ -95,6 +98,7 @@ class Hardening:
         checks: Health checks; add your own.
         validation: What the validator found on each route, and whether refusing it would hurt anybody.
         metrics: What is recorded; add your own series and functions.
+        tracing: What makes the spans of requests, and where they go.
         bans: Who is banned; add and lift bans here.
         allow: Who is never limited nor banned; ``None`` for nobody.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
@@ -113,6 +117,7 @@ class Hardening:
     checks: Checks
     validation: ValidationReport
     metrics: Recorder
+    tracing: Tracing
     bans: BanList
     allow: AllowList | None
     store: StateStore
@@ -131,6 +136,7 @@ class Hardening:
         *,
         authenticators: Sequence[Authenticator] = (),
         permissions_of: PermissionsOf | None = None,
+        tracer_provider: TracerProvider | None = None,
         clock: Clock | None = None,
     ) -> None:
         self._inbound = inbound
@@ -147,6 +153,12 @@ class Hardening:
             events=self.events,
             build={"service": self.service_name, "version": app.version},
             clock=self.clock,
+        )
+        self.tracing = Tracing(
+            settings.tracing,
+            service_name=self.service_name,
+            provider=tracer_provider,
+            is_probe=is_probe(settings.health),
         )
         self.store = MemoryStore(clock=self.clock)
         if settings.state_url is not None:

@@ -21,6 +21,7 @@ from fastapi_hardening.core.routes import RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening
 from fastapi_hardening.observability.request_context import ContextMaker
+from fastapi_hardening.observability.tracing import record_exception
 from fastapi_hardening.performance.fast_routing import FastRouting
 from fastapi_hardening.security import csp_reports, security_txt, slowapi_limits
 from fastapi_hardening.security.auth import openapi as auth_openapi
@@ -42,6 +43,12 @@ def introduce(handle: Hardening) -> None:
     settings = handle.settings
     if settings.csp_reports.enabled:
         csp_reports.measure(handle.metrics.registry, handle.events)
+    if not settings.errors.reraise:
+        # What is not raised on does not come by the layer that records it.
+        details = settings.tracing.record_exceptions
+        handle.events.subscribe(
+            errors.ExceptionUnhandled, lambda event: record_exception(event.exception, details=details)
+        )
     if settings.security_txt.enabled:
         handle.checks.add("security_txt", security_txt.check(settings.security_txt, handle.clock), critical=False)
 
@@ -70,7 +77,9 @@ def adopting(handle: Hardening) -> Callable[[RouteTable], None]:
     policies = _docs_policies(docs) if docs.enabled else {}
 
     def adopt(table: RouteTable) -> None:
-        for application in table.applications:
+        for number, application in enumerate(table.applications):
+            if number:
+                handle.tracing.settle(application, mounted=True)
             if handle.settings.errors.enabled:
                 errors.install(application, handle.settings.errors)
             if docs.enabled:

@@ -276,6 +276,13 @@ async def _call(function: Callable[[], Any]) -> Any:
 Answer = tuple[int, dict[str, Any]]
 
 
+def is_probe(settings: HealthSettings) -> Callable[[Scope], bool]:
+    """Says of a scope whether a probe will answer it, for what is outside of the layer."""
+    paths = {settings.livez_path, settings.readyz_path, settings.startupz_path, settings.health_path}
+    known = frozenset(filter(None, paths)) if settings.enabled else frozenset()
+    return lambda scope: scope["type"] == "http" and route_path(scope["path"], scope.get("root_path", "")) in known
+
+
 class HealthMiddleware:
     """Answers the probes by their exact path, relative to the root path, and passes on everything else.
 
