@@ -24,11 +24,13 @@ GOOD: dict[str, Any] = {
 }
 
 
-def found(settings: dict[str, Any] | None = None, app: FastAPI | None = None, **environ: str) -> dict[str, str]:
+def found(
+    settings: dict[str, Any] | None = None, *, app: FastAPI | None = None, environ: dict[str, str] | None = None
+) -> dict[str, str]:
     """What is found in an application with good settings but for these, by id; of several of one id the last."""
     app = app or FastAPI(openapi_url=None)
     harden(app, Settings(**(GOOD | (settings or {}))), tracer_provider=TracerProvider(shutdown_on_exit=False))
-    return {finding.id: f"{finding.message}: {finding.fix}" for finding in audit(app, environ=environ)}
+    return {finding.id: f"{finding.message}: {finding.fix}" for finding in audit(app, environ=environ or {})}
 
 
 def test_an_application_that_is_set_up_well_has_no_findings() -> None:
@@ -103,7 +105,7 @@ def test_a_setting_that_is_wrong_is_found(
     name: str, settings: dict[str, Any], environ: dict[str, str], says: str
 ) -> None:
     """With the sentence that mends it."""
-    assert says in found(settings, **environ)[name]
+    assert says in found(settings, environ=environ)[name]
 
 
 def test_no_secret_is_told() -> None:
@@ -122,12 +124,12 @@ def test_a_store_on_this_machine_needs_no_password(url: str) -> None:
 
 def test_a_store_with_password_and_tls_is_fine() -> None:
     """And with it several workers count together."""
-    assert found({"state_url": "rediss://:x@store.internal:6379", "workers": 4}, WEB_CONCURRENCY="4") == {}
+    assert found({"state_url": "rediss://:x@store.internal:6379", "workers": 4}, environ={"WEB_CONCURRENCY": "4"}) == {}
 
 
 def test_a_workers_variable_that_is_no_number_is_one() -> None:
     """The server says itself what it makes of it."""
-    assert found(WEB_CONCURRENCY="many") == {}
+    assert found(environ={"WEB_CONCURRENCY": "many"}) == {}
 
 
 def test_debug_is_found_in_mounted_applications_too() -> None:
@@ -247,7 +249,7 @@ def test_a_key_without_effect_is_found() -> None:
         planned: Planned = Planned()
 
     app = FastAPI(openapi_url=None)
-    harden(app, Later(**GOOD, planned={"speed": 2}))
+    harden(app, Later(**(GOOD | {"planned": {"speed": 2}})))
     assert [(finding.id, finding.message.split()[0]) for finding in audit(app, environ={})] == [
         ("FH050", "planned.speed")
     ]
