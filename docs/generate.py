@@ -125,7 +125,9 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 def _rows(model: type[BaseModel], above: Path_) -> Iterator[tuple[Path_, FieldInfo]]:
     """The keys of a concern, and in place of a part with keys of its own those keys."""
     for key, field in model.model_fields.items():
-        choices = (field.annotation, *get_args(field.annotation))
+        # A list of parts is one value.
+        is_list = get_origin(field.annotation) in (list, tuple)
+        choices = () if is_list else (field.annotation, *get_args(field.annotation))
         inner = next((found for choice in choices if (found := _model_in(choice)) is not None), None)
         if inner is None:
             yield (*above, key), field

@@ -2,6 +2,7 @@
 
 ``fastapi-hardening check shop.main:app`` says what is wrong with how it is set up, and fails a pipeline for it.
 ``fastapi-hardening config`` says which settings are in effect, and where each came from. Neither prints a secret.
+``fastapi-hardening alerts`` prints the rules of alerts as a rule file of Prometheus.
 
 The exit status is 0 if all is well, 1 if something was found, and 2 if the command could not do its work.
 
@@ -22,6 +23,7 @@ from typing import Any
 
 from fastapi_hardening.audit import SEVERITIES, Finding, audit, broken
 from fastapi_hardening.core.configuration import ConfigurationError
+from fastapi_hardening.observability.alerts import prometheus_rules
 from fastapi_hardening.settings import Settings
 
 _COLORS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
@@ -52,12 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("check", _check, "say what is wrong with how an application is set up"),
         ("config", _config, "show the settings in effect, and where each came from"),
+        ("alerts", _alerts, "print the rules of alerts for Prometheus, in YAML"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
-        command.add_argument("--json", action="store_true", help="print JSON")
         command.add_argument("--factory", action="store_true", help="APP is a function that makes the application")
         command.add_argument("--app-dir", default=".", metavar="FOLDER", help="where the module is (default: here)")
+        if name != "alerts":
+            command.add_argument("--json", action="store_true", help="print JSON")
         if name == "check":
             command.add_argument("app", metavar="APP", help="the application, such as shop.main:app")
             command.add_argument(
@@ -71,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "app", metavar="APP", nargs="?", help="the application; else the environment's settings"
             )
+        if name == "config":
             command.add_argument("--changed", action="store_true", help="only what is not the default")
     return parser
 
@@ -116,12 +121,7 @@ def _count(found: Iterable[Finding], severity: str) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
-    try:
-        settings = _load(options).state.hardening.settings if options.app else Settings()
-    except ConfigurationError as error:
-        raise CannotLoadError(str(error)) from None
-    except AttributeError:
-        raise CannotLoadError(f"{options.app} is not hardened: call harden(app)") from None
+    settings = _settings(options)
     values = [each for each in settings.describe() if not (options.changed and each.source == "default")]
     if options.json:
         _say(
@@ -141,6 +141,12 @@ def _config(options: argparse.Namespace) -> int:
         return 0
     for each in values:
         _say(f"{each.key} = {_written(each.value)}  # {each.source}")
+    return 0
+
+
+def _alerts(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    _say(prometheus_rules(settings.alerts.rules, group=settings.service_name or "fastapi-hardening").rstrip())
     return 0
 
 
@@ -173,6 +179,17 @@ def _load(options: argparse.Namespace) -> Any:
         raise CannotLoadError(f"{options.app} cannot be loaded: {error}; name it as MODULE:ATTRIBUTE") from error
     finally:
         sys.path.pop(0)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """The settings of the application that the command line names, or else those of the environment."""
+    try:
+        settings: Settings = _load(options).state.hardening.settings if options.app else Settings()
+    except ConfigurationError as error:
+        raise CannotLoadError(str(error)) from None
+    except AttributeError:
+        raise CannotLoadError(f"{options.app} is not hardened: call harden(app)") from None
+    return settings
 
 
 def _console() -> Any:

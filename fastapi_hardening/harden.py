@@ -66,9 +66,8 @@ logger = logging.getLogger("fastapi_hardening")
 INBOUND: tuple[Slot, ...] = (
     Slot("probes", "health", "liveness, readiness, start-up and the health report, before anything can refuse them",
          lambda h, app: HealthMiddleware(
-             app, h.settings.health, checks=h.checks, lifecycle=h.lifecycle, fields=probe_fields(h),
-             guard=operations_guard(h, details_guard(h.settings.health)), about={"serviceId": h.service_name},
-             events=h.events, clock=h.clock)),
+             app, h.settings.health, health=h.health, lifecycle=h.lifecycle, fields=probe_fields(h),
+             guard=operations_guard(h, details_guard(h.settings.health)), about={"serviceId": h.service_name})),
     Slot("request context", "request_id", "id, client address and route of the request, once, for everything below",
          lambda h, app: RequestContextMiddleware(app, h.settings.request_id, maker=context_maker(h))),
     Slot("access log", "access_log", "one structured line a request",
@@ -190,7 +189,7 @@ def harden(
         with handle.lifecycle.on_sigterm() if drains else nullcontext():
             await handle.store.open()
             try:
-                async with lifespan(application) as state:
+                async with handle.alerts.running(), lifespan(application) as state:
                     handle.tracing.start()
                     handle.lifecycle.finish("lifespan")
                     yield state

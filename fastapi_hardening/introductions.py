@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import Gauge
 from starlette.types import Scope
 
 from fastapi_hardening.api import docs_pages, errors
@@ -20,6 +21,7 @@ from fastapi_hardening.core.problem import Problem
 from fastapi_hardening.core.routes import RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening
+from fastapi_hardening.observability.health import HealthChanged
 from fastapi_hardening.observability.request_context import ContextMaker
 from fastapi_hardening.observability.tracing import record_exception
 from fastapi_hardening.performance.fast_routing import FastRouting
@@ -49,6 +51,16 @@ def introduce(handle: Hardening) -> None:
         handle.events.subscribe(
             errors.ExceptionUnhandled, lambda event: record_exception(event.exception, details=details)
         )
+    status = Gauge(
+        "hardening_health_check_status",
+        "How a check went when it last ran: 0 pass, 1 warn, 2 fail.",
+        ("check",),
+        registry=handle.metrics.registry,
+        multiprocess_mode="livemax",
+    )
+    handle.events.subscribe(
+        HealthChanged, lambda event: status.labels(event.check).set(("pass", "warn", "fail").index(event.after))
+    )
     if settings.security_txt.enabled:
         handle.checks.add("security_txt", security_txt.check(settings.security_txt, handle.clock), critical=False)
 

@@ -26,6 +26,7 @@ from fastapi_hardening.core.redis_address import read_address
 from fastapi_hardening.core.request_head import checked_host
 from fastapi_hardening.core.sources import Key, Profiles, gather, sentence
 from fastapi_hardening.observability.access_log import AccessLogSettings
+from fastapi_hardening.observability.alerts import AlertsSettings
 from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
@@ -140,6 +141,9 @@ class Settings(BaseSettings):
 
     tracing: TracingSettings = TracingSettings()
     """One OpenTelemetry span a request."""
+
+    alerts: AlertsSettings = AlertsSettings()
+    """When somebody is told that the service is not well."""
 
     security_headers: SecurityHeadersSettings = SecurityHeadersSettings()
     """The header fields that protect browsers."""

@@ -152,6 +152,14 @@ def test_only_what_was_changed_can_be_told(capsys: pytest.CaptureFixture[str], m
     assert "health.details" not in said
 
 
+def test_rules_are_printed_for_prometheus(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an application, or those of the environment."""
+    assert main(["alerts", "till_of_the_tests:app", "--app-dir", folder]) == 0
+    assert capsys.readouterr().out.startswith('groups:\n  - name: "till [1]"\n')
+    assert main(["alerts"]) == 0
+    assert '- alert: "ErrorBudgetBurns"' in capsys.readouterr().out
+
+
 def test_defaults_are_told_to_be_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """So that an empty answer is not taken for a mistake."""
     for name in ("HARDENING_ENVIRONMENT", "HARDENING_FILE"):

@@ -292,6 +292,7 @@ class HealthMiddleware:
         app: The application inside.
         settings: Paths, times and thresholds.
         checks: The checks that readiness and the report look at.
+        health: Runs them, and remembers; by default one of this layer's own.
         lifecycle: Says whether the process starts or drains.
         guard: Decides who sees the details where they are for the authorized; by default the token of the settings,
             else private peers.
@@ -307,6 +308,7 @@ class HealthMiddleware:
         settings: HealthSettings | None = None,
         *,
         checks: Checks | None = None,
+        health: Health | None = None,
         lifecycle: Lifecycle | None = None,
         guard: Guard | None = None,
         fields: Callable[[RawHeaders, Scope], RawHeaders] | None = None,
@@ -316,7 +318,7 @@ class HealthMiddleware:
     ) -> None:
         self.app = app
         self._settings = settings = settings or HealthSettings()
-        self._health = Health(checks or Checks(), settings, events=events, clock=clock)
+        self._health = health or Health(checks or Checks(), settings, events=events, clock=clock)
         self._lifecycle = lifecycle or Lifecycle()
         self._guard = guard or details_guard(settings)
         self._fields = fields
