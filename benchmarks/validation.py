@@ -27,7 +27,9 @@ from urllib.parse import parse_qsl, unquote_plus, urlsplit
 import yaml
 
 from fastapi_hardening.security.input_validation import Inspector
+from fastapi_hardening.security.input_validation.documents import Body, body_texts
 from fastapi_hardening.security.input_validation.reading import is_plain_json
+from fastapi_hardening.security.input_validation.shape import FREE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "concerns" / "input-validation.md"
@@ -294,8 +296,9 @@ def report(corpus: Path, *, peers: bool) -> Iterator[str]:
 
         def work(body: bytes = body) -> None:
             if not is_plain_json(body):
-                for text in leaves(json.loads(body)):
-                    _INSPECTOR.inspect(text)
+                document = Body(body, "application/json", b"application/json", "")
+                for text in body_texts(document, FREE, most_bytes=len(body), files=False):
+                    _INSPECTOR.inspect(text.value)
 
         yield f"| {name} | {len(body)} | {microseconds(work) * 2048 / len(body):.0f} |"
         if guard is not None:
