@@ -24,7 +24,7 @@ Example:
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping
 from importlib import import_module
 from time import time_ns
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
 from fastapi_hardening.core import context as request_context
+from fastapi_hardening.core.client_ip import NO_ADDRESS
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
 from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.headers import get, get_all
@@ -168,7 +169,7 @@ class Tracing:
         return app if self.settings.engine == "native" else TracingMiddleware(app, tracing=self)
 
     def start(self) -> None:
-        """Sets up the SDK as ``OTEL_*`` says, where nobody has; called when start-up is done."""
+        """Sets up the SDK as ``OTEL_*`` says, once, where nobody has; called when start-up is done."""
         if self._told or not (self.settings.enabled and self.settings.export) or self.provider is not None:
             return
         self._told = True
@@ -296,6 +297,10 @@ class _Attributes(Mapping[str, Any]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._all())
 
+    def items(self) -> ItemsView[str, Any]:
+        """All of them at once, which is how the SDK copies them."""
+        return self._all().items()
+
     def __len__(self) -> int:
         return len(self._all())
 
@@ -310,7 +315,7 @@ def attributes_of(scope: Scope, context: RequestContext, *, redactor: Redactor |
         "url.path": scope["path"],
         "network.protocol.version": scope.get("http_version"),
         "user_agent.original": _text(get(headers, b"user-agent")),
-        "client.address": context.client.address,
+        "client.address": None if context.client is NO_ADDRESS else context.client.address,
     }
     if found["http.request.method"] == OTHER:
         found["http.request.method_original"] = method
@@ -487,6 +492,8 @@ class TracingMiddleware:
         self._looks = looks = self._looks + 1
         if looks > _LOOKS and looks % _LOOKS:
             return False
+        # Where no lifespan runs, this is when start-up is done.
+        self._tracing.start()
         provider = self._tracing.provider
         if provider is None or not self._enabled or self._tracing.emitter == "application":
             return False

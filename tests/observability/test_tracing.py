@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -85,6 +86,34 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del BackgroundTask._otel_original_call  # type: ignore[attr-defined]
 
 
+@pytest.fixture(scope="module")
+def usual_site() -> tuple[Spans, TestClient]:
+    """Give an application with the default settings, for all tests that change nothing about it."""
+    spans = Spans()
+    return spans, client_of(spans)
+
+
+@pytest.fixture
+def usual(usual_site: tuple[Spans, TestClient]) -> tuple[Spans, TestClient]:
+    """Give that application, with nothing exported yet."""
+    usual_site[0].clear()
+    return usual_site
+
+
+@pytest.fixture(scope="module")
+def both() -> Iterator[list[tuple[Spans, TestClient]]]:
+    """Give the same application traced by this layer and by the package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
+        patch.setattr(Conventions, "_initialized", False)
+        found = []
+        for engine in ("own", "instrumentation"):
+            spans = Spans()
+            found.append((spans, client_of(spans, engine=engine)))
+            found[-1][1].get("/nothing")
+        yield found
+
+
 def make_app(**arguments: Any) -> FastAPI:
     """An application with routes of every kind, not hardened."""
     app = FastAPI(**arguments)
@@ -154,20 +183,19 @@ def told(span: ReadableSpan) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(("method", "path"), TABLE, ids=lambda value: value.replace("/", "_"))
-def test_own_span_says_what_the_package_says(method: str, path: str) -> None:
+def test_own_span_says_what_the_package_says(both: list[tuple[Spans, TestClient]], method: str, path: str) -> None:
     """The package is the oracle: the same name, kind, attributes and status, whatever is asked."""
     found = []
-    for engine in ("own", "instrumentation"):
-        spans = Spans()
-        client_of(spans, engine=engine).request(method, path, headers={"User-Agent": "curl/8"})
+    for spans, client in both:
+        spans.clear()
+        client.request(method, path, headers={"User-Agent": "curl/8"})
         found.append(told(spans.one))
     assert found[0] == found[1]
 
 
-def test_a_span_is_named_by_the_whole_template() -> None:
+def test_a_span_is_named_by_the_whole_template(usual: tuple[Spans, TestClient]) -> None:
     """Below mounts too, where the package says the mount; also for what is redirected; never by the raw path."""
-    spans = Spans()
-    client = client_of(spans)
+    spans, client = usual
     for path in ("/shop/items/3", "/api/items/3/", "/etc/passwd"):
         client.get(path, follow_redirects=False)
     assert [span.name for span in spans.servers] == ["GET /shop/items/{id}", "GET /api/items/{id}", "GET"]
@@ -227,9 +255,10 @@ def test_a_refusal_has_a_span_and_a_probe_has_none(spans: Spans) -> None:
 # --- whose trace it is ------------------------------------------------------------------------------------------------
 
 
-def test_the_trace_of_the_caller_is_continued(spans: Spans) -> None:
+def test_the_trace_of_the_caller_is_continued(usual: tuple[Spans, TestClient]) -> None:
     """W3C Trace Context: its trace, its span as the parent, its state."""
-    client_of(spans).get("/nothing", headers={"traceparent": TRACEPARENT, "tracestate": "rojo=1,congo=2"})
+    spans, client = usual
+    client.get("/nothing", headers={"traceparent": TRACEPARENT, "tracestate": "rojo=1,congo=2"})
     context, parent = spans.one.context, spans.one.parent
     assert context is not None
     assert parent is not None
@@ -250,19 +279,21 @@ def test_the_trace_of_the_caller_is_continued(spans: Spans) -> None:
         "",
     ],
 )
-def test_an_invalid_traceparent_restarts_the_trace(spans: Spans, traceparent: str) -> None:
+def test_an_invalid_traceparent_restarts_the_trace(usual: tuple[Spans, TestClient], traceparent: str) -> None:
     """What is malformed is not half believed."""
-    client_of(spans).get("/nothing", headers={"traceparent": traceparent})
+    spans, client = usual
+    client.get("/nothing", headers={"traceparent": traceparent})
     context = spans.one.context
     assert spans.one.parent is None
     assert context is not None
     assert format(context.trace_id, "032x") != TRACE
 
 
-def test_two_traceparents_are_none(spans: Spans) -> None:
+def test_two_traceparents_are_none(usual: tuple[Spans, TestClient]) -> None:
     """It would be left to the client which of them counts; the log line names the trace that there is."""
     headers = [("traceparent", TRACEPARENT), ("traceparent", TRACEPARENT)]
-    client_of(spans).get("/nothing", headers=headers)
+    spans, client = usual
+    client.get("/nothing", headers=headers)
     assert spans.one.parent is None
 
 
@@ -483,9 +514,9 @@ async def _ignore(_message: Message) -> None:
     ("path", "status", "error"),
     [("/ws/2", 101, None), ("/ws/3", 101, "1011"), ("/ws/1", 101, "RuntimeError"), ("/ws/0", 500, "ValueError")],
 )
-def test_a_websocket_has_one_span(spans: Spans, path: str, status: int, error: str | None) -> None:
+def test_a_websocket_has_one_span(usual: tuple[Spans, TestClient], path: str, status: int, error: str | None) -> None:
     """From the handshake to the end, with the status of the handshake, however many messages there are."""
-    client = client_of(spans)
+    spans, client = usual
 
     def talk() -> None:
         with client.websocket_connect(path) as websocket:
@@ -774,7 +805,7 @@ def no_otel(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_an_endpoint_in_the_environment_is_enough(
     receiver: Receiver, no_otel: pytest.MonkeyPatch, named: str | None
 ) -> None:
-    """The SDK is set up with the service's name, and what waits is sent before the process ends."""
+    """The SDK is set up with the service's name, and what waits is sent at the end, where a lifespan runs or not."""
     no_otel.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{receiver.server_port}")
     if named:
         no_otel.setenv("OTEL_SERVICE_NAME", named)
@@ -787,7 +818,7 @@ def test_an_endpoint_in_the_environment_is_enough(
     no_otel.setattr(trace, "set_tracer_provider", set_provider)
     app = make_app(title="Shop")
     harden(app)
-    with TestClient(app) as client:
+    with TestClient(app) if named else nullcontext(TestClient(app)) as client:
         client.get("/api/items/1", headers={"traceparent": TRACEPARENT})
     set_globally[0].shutdown()
     (resource,) = receiver.requests[0].resource_spans
