@@ -43,6 +43,7 @@ from fastapi_hardening.observability.access_log import AccessLogMiddleware
 from fastapi_hardening.observability.health import HealthMiddleware, details_guard
 from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_guard
 from fastapi_hardening.observability.request_context import RequestContextMiddleware
+from fastapi_hardening.observability.tracing import layer as tracing
 from fastapi_hardening.resilience.drain import DrainMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.auth import openapi as auth_openapi
@@ -76,7 +77,7 @@ INBOUND: tuple[Slot, ...] = (
          lambda h, app: MetricsMiddleware(
              app, recorder=h.metrics, guard=operations_guard(h, metrics_guard(h.settings.metrics)),
              fields=policy_fields(h), clock=h.clock)),
-    Slot("tracing", "tracing", "one server span", lambda h, app: h.tracing.around(app)),
+    Slot("tracing", "tracing", "one server span", lambda h, app: tracing.around(app, h.tracing)),
     Slot("security headers", "security_headers", "header fields that protect browsers, on every answer",
          lambda h, app: SecurityHeadersMiddleware(app, header_settings(h))),
     Slot("CORS", "cors", "above everything that refuses, so that a browser may read the refusal",

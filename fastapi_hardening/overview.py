@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi_hardening.core.lifecycle import Lifecycle
 from fastapi_hardening.observability.alerts import Alerts
-from fastapi_hardening.observability.alerts.rules import read
+from fastapi_hardening.observability.alerts.selectors import read
 from fastapi_hardening.observability.health import Health
 from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.observability.tracing import Tracing

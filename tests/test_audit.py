@@ -182,13 +182,13 @@ def test_an_endpoint_for_spans_that_nothing_can_reach_is_found(monkeypatch: pyte
     environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
     assert audit(app, environ=environ) == ()
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    monkeypatch.setattr("fastapi_hardening.audit.find_spec", lambda _name: None)
+    monkeypatch.setattr("fastapi_hardening.audit.checks.find_spec", lambda _name: None)
     assert [finding.id for finding in audit(app, environ=environ)] == ["FH051"]
 
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr("fastapi_hardening.audit.find_spec", missing)
+    monkeypatch.setattr("fastapi_hardening.audit.checks.find_spec", missing)
     assert [finding.id for finding in audit(app, environ=environ)] == ["FH051"]
     assert audit(app, environ={}) == ()
 

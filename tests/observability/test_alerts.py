@@ -38,8 +38,9 @@ from fastapi_hardening.observability.alerts import (
     WebhookSettings,
     prometheus_rules,
 )
+from fastapi_hardening.observability.alerts.conditions import Condition
 from fastapi_hardening.observability.alerts.engine import Engine
-from fastapi_hardening.observability.alerts.rules import Condition, Snapshot, read, selector
+from fastapi_hardening.observability.alerts.selectors import Snapshot, read, selector
 from fastapi_hardening.observability.alerts.sinks import (
     Outbox,
     Post,

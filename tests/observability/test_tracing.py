@@ -30,14 +30,9 @@ from starlette.websockets import WebSocketDisconnect
 
 from fastapi_hardening import ConfigurationError, Settings, harden
 from fastapi_hardening.core.context import ensure
-from fastapi_hardening.observability import tracing
-from fastapi_hardening.observability.tracing import (
-    Tracing,
-    TracingMiddleware,
-    TracingSettings,
-    _Attributes,
-    provider_from_environment,
-)
+from fastapi_hardening.observability.tracing import Tracing, TracingMiddleware, TracingSettings, export, span
+from fastapi_hardening.observability.tracing.export import provider_from_environment
+from fastapi_hardening.observability.tracing.span import FIELDS, Attributes
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -360,7 +355,7 @@ def test_log_line_problem_and_exemplar_name_the_trace(
 def test_a_request_that_is_not_sampled_costs_no_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are found out when they are read; and what the endpoint begins is not sampled either."""
     read: list[object] = []
-    monkeypatch.setattr(tracing, "attributes_of", lambda *_arguments, **_: read.append(1))
+    monkeypatch.setattr(span, "attributes_of", lambda *_arguments, **_: read.append(1))
     spans, inside = Spans(ParentBased(ALWAYS_OFF)), []
     app = FastAPI()
 
@@ -378,7 +373,7 @@ def test_a_sampler_may_read_the_attributes() -> None:
     """Those that the conventions want at the start are there for it, and are found out once."""
     scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"user-agent", b"x")]}
     context = ensure(scope)
-    attributes = _Attributes(scope, context, None)
+    attributes = Attributes(scope, context, None)
     assert attributes["url.path"] == "/"
     assert len(attributes) == len(list(attributes))
     assert attributes._all() is attributes._all()
@@ -661,7 +656,7 @@ def test_a_provider_that_comes_much_later_is_seen_too(spans: Spans, monkeypatch:
 
 def test_header_fields_are_listed_for_propagators() -> None:
     """Some look at all names for those with a prefix."""
-    assert tracing._FIELDS.keys({"headers": [(b"uberctx-a", b"1")]}) == ["uberctx-a"]
+    assert FIELDS.keys({"headers": [(b"uberctx-a", b"1")]}) == ["uberctx-a"]
 
 
 def test_switched_off_it_leaves_fastapis_alone(spans: Spans, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -860,7 +855,7 @@ def test_without_the_extra_the_log_says_which(no_otel: pytest.MonkeyPatch, caplo
         raise ImportError(f"No module named {name!r}")
 
     no_otel.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:1")
-    no_otel.setattr(tracing, "import_module", missing)
+    no_otel.setattr(export, "import_module", missing)
     both = Tracing()
     both.start()
     both.start()

@@ -35,18 +35,10 @@ from pydantic import Field, field_validator, model_validator
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings, did_you_mean
 from fastapi_hardening.core.events import Events
+from fastapi_hardening.observability.alerts.conditions import BurnRate, Count, Level, Quantile, Ratio
 from fastapi_hardening.observability.alerts.engine import Alert, Engine, Notification
-from fastapi_hardening.observability.alerts.rules import (
-    DEFAULT_RULES,
-    AlertRule,
-    BurnRate,
-    Count,
-    Level,
-    Quantile,
-    Ratio,
-    prometheus_rules,
-    read,
-)
+from fastapi_hardening.observability.alerts.rules import DEFAULT_RULES, AlertRule, prometheus_rules
+from fastapi_hardening.observability.alerts.selectors import read
 from fastapi_hardening.observability.alerts.sinks import AlertUndelivered, Outbox, Sink, Webhook, WebhookSettings, log
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Decides when an alert begins, goes on and ends. Pure data: it is given samples and the time.
 
 Example:
-    >>> from fastapi_hardening.observability.alerts.rules import AlertRule, Count
+    >>> from fastapi_hardening.observability.alerts import AlertRule, Count
     >>> engine = Engine([AlertRule(name="Boom", summary="It went boom.", when=Count(of="booms_total"))])
     >>> [len(engine.evaluate({"booms_total": [({}, booms)]}, now)) for now, booms in ((0, 0), (15, 3), (30, 3))]
     [0, 1, 0]
@@ -14,7 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fastapi_hardening.observability.alerts.rules import AlertRule, Snapshot, Vector
+from fastapi_hardening.observability.alerts.conditions import Vector
+from fastapi_hardening.observability.alerts.rules import AlertRule
+from fastapi_hardening.observability.alerts.selectors import Snapshot
 
 Status = Literal["firing", "resolved"]
 

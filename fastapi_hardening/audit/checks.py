@@ -1,164 +1,33 @@
-"""Looks at an application before it faces production, and says what is wrong with how it is set up.
+"""The checks. The docstring of each says why, for the documentation; it gives what it found, and what to do.
 
-What can never work is refused when ``harden()`` is called. What is looked for here may be meant: documentation that
-everybody may read, a limit that each worker counts for itself. Each check has an id that stays the same, a severity,
-and a sentence that mends what it found. It is *not* a scanner: nothing is sent, and no code of endpoints is read.
-
-Example:
-    >>> from fastapi import FastAPI
-    >>> from fastapi_hardening import Settings, harden
-    >>> from fastapi_hardening.audit import audit
-    >>> app = FastAPI()
-    >>> handle = harden(app, Settings(errors={"details": True}))
-    >>> [finding.message for finding in audit(app) if finding.severity == "error"]
-    ['errors.details is on']
+An id is never used again for something else: pipelines ignore findings by it.
 """
 
 import inspect
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from fastapi.security.base import SecurityBase
 from pydantic import BaseModel, SecretStr
 
+from fastapi_hardening.audit.finding import CHECKS, Problems, Subject, check
 from fastapi_hardening.core.client_ip import UNIX, parse_network
-from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.redis_address import read_address
-from fastapi_hardening.handle import Hardening, RoutePolicies
 from fastapi_hardening.security.auth.overrides import Public, is_open
-from fastapi_hardening.settings import NotBuiltYet, Settings
+from fastapi_hardening.settings import NotBuiltYet
 
-Severity = Literal["error", "warning", "info"]
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that is wrong, or that should be meant.
-
-    Attributes:
-        id: The check's id, which stays the same.
-        severity: ``error``, ``warning`` or ``info``.
-        message: What is so.
-        fix: What to do.
-    """
-
-    id: str
-    severity: Severity
-    message: str
-    fix: str
+__all__ = ["CHECKS"]
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is looked at.
-
-    Attributes:
-        app: The application.
-        handle: Its handle.
-        environ: The environment that it is to run in.
-    """
-
-    app: Any
-    handle: Hardening
-    environ: Mapping[str, str]
-
-    @property
-    def settings(self) -> Settings:
-        """The settings in effect."""
-        return self.handle.settings
-
-    @property
-    def workers(self) -> int:
-        """How many processes the server is told to run; 1 if it is told nothing."""
-        said = self.environ.get("WEB_CONCURRENCY") or self.environ.get("UVICORN_WORKERS") or "1"
-        return int(said) if said.isdigit() else 1
-
-    def routes(self) -> Iterator[RoutePolicies]:
-        """The routes that have a template."""
-        return (route for route in self.handle.routes() if route.template is not None)
-
-
-Problems = Iterator[tuple[str, str]]
-
-
-class Check(NamedTuple):
-    """One check.
-
-    Attributes:
-        id: What it is called, for ever.
-        severity: How bad what it finds is.
-        title: What it looks for, in a few words.
-        find: Gives what it found, each with what to do.
-        everywhere: Whether it also holds where people develop.
-    """
-
-    id: str
-    severity: Severity
-    title: str
-    find: Callable[[Subject], Problems]
-    everywhere: bool
-
-
-CHECKS: list[Check] = []
-
-
-def _check(
-    number: int, severity: Severity, title: str, *, everywhere: bool = False
-) -> Callable[[Callable[[Subject], Problems]], Callable[[Subject], Problems]]:
-    """Registers a check; its docstring is what the documentation says."""
-
-    def register(find: Callable[[Subject], Problems]) -> Callable[[Subject], Problems]:
-        CHECKS.append(Check(f"FH{number:03d}", severity, title, find, everywhere))
-        return find
-
-    return register
-
-
-def audit(app: Any, *, environ: Mapping[str, str] | None = None) -> tuple[Finding, ...]:
-    """Everything that the checks find in an application, the worst first.
-
-    The stack of the application is built for it, as its first request would do.
-
-    Args:
-        app: The application, with ``harden()`` behind it.
-        environ: The environment that it is to run in; by default this one.
-    """
-    handle = getattr(getattr(app, "state", None), "hardening", None)
-    if not isinstance(handle, Hardening):
-        return (Finding("FH001", "error", "harden() was not called on the application", "call harden(app)"),)
-    try:
-        if app.middleware_stack is None:
-            app.build_middleware_stack()
-    except ConfigurationError as error:
-        return (broken(error),)
-    subject = Subject(app, handle, os.environ if environ is None else environ)
-    develops = handle.settings.environment == "development"
-    found = [
-        Finding(check.id, check.severity, message, fix)
-        for check in CHECKS
-        if check.everywhere or not develops
-        for message, fix in check.find(subject)
-    ]
-    return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
-
-
-def broken(error: Exception) -> Finding:
-    """The finding of an application that cannot be made, whose message says what to do."""
-    return Finding("FH000", "error", "the application cannot serve as it is configured", str(error))
-
-
-@_check(0, "error", "the application cannot serve", everywhere=True)
+@check(0, "error", "the application cannot serve", everywhere=True)
 def _broken(_subject: Subject) -> Problems:
     """The configuration contradicts itself: what `harden()`, or the first request, would say."""
     yield from ()
 
 
-@_check(1, "error", "not hardened", everywhere=True)
+@check(1, "error", "not hardened", everywhere=True)
 def _not_hardened(_subject: Subject) -> Problems:
     """Without `harden(app)` nothing of this package is there. A name that leads to another application is the cause."""
     yield from ()
@@ -167,14 +36,14 @@ def _not_hardened(_subject: Subject) -> Problems:
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
-@_check(2, "warning", "environment is development", everywhere=True)
+@check(2, "warning", "environment is development", everywhere=True)
 def _develops(subject: Subject) -> Problems:
     """Errors tell their traceback, and health its details. Most checks are left out then."""
     if subject.settings.environment == "development":
         yield "environment is 'development'", "set HARDENING_ENVIRONMENT=production where it is deployed"
 
 
-@_check(3, "error", "debug is on")
+@check(3, "error", "debug is on")
 def _debug(subject: Subject) -> Problems:
     """`FastAPI(debug=True)` shows exceptions, and the code around them, to whoever causes them.
 
@@ -185,14 +54,14 @@ def _debug(subject: Subject) -> Problems:
             yield f"{getattr(application, 'title', 'an application')}: debug is on", "leave out debug=True"
 
 
-@_check(4, "error", "error details are shown")
+@check(4, "error", "error details are shown")
 def _error_details(subject: Subject) -> Problems:
     """A 500 answer with its traceback tells paths, versions and values."""
     if subject.settings.errors.details:
         yield "errors.details is on", "set errors.details=false; the request id leads to the log"
 
 
-@_check(5, "warning", "documentation is open")
+@check(5, "warning", "documentation is open")
 def _open_docs(subject: Subject) -> Problems:
     """`/docs` and `/openapi.json` list every route to everybody. That is right for a public API only."""
     app = subject.app
@@ -203,7 +72,7 @@ def _open_docs(subject: Subject) -> Problems:
         yield f"everybody may read {', '.join(found)}", fix
 
 
-@_check(6, "info", "metrics are open to private peers")
+@check(6, "info", "metrics are open to private peers")
 def _open_metrics(subject: Subject) -> Problems:
     """Without a token or a port of their own, whoever calls from a private address may read all routes and loads."""
     metrics = subject.settings.metrics
@@ -211,7 +80,7 @@ def _open_metrics(subject: Subject) -> Problems:
         yield f"{metrics.path} is open to private addresses", "set metrics.token, or metrics.port"
 
 
-@_check(7, "warning", "health details are open")
+@check(7, "warning", "health details are open")
 def _open_health(subject: Subject) -> Problems:
     """The report names every service behind this one, and which of them fails."""
     if subject.settings.health.enabled and subject.settings.health.details == "always":
@@ -221,7 +90,7 @@ def _open_health(subject: Subject) -> Problems:
 # --- who is believed --------------------------------------------------------------------------------------------------
 
 
-@_check(10, "warning", "any host is served")
+@check(10, "warning", "any host is served")
 def _any_host(subject: Subject) -> Problems:
     """A forged `Host` becomes the link in a mail that resets a password, or the key of a cache."""
     hosts = subject.settings.allowed_hosts
@@ -229,7 +98,7 @@ def _any_host(subject: Subject) -> Problems:
         yield "every Host is served", "set allowed_hosts to the names of this service"
 
 
-@_check(11, "warning", "allowed hosts are too wide")
+@check(11, "warning", "allowed hosts are too wide")
 def _wide_hosts(subject: Subject) -> Problems:
     """`*.com` takes in everybody's names, and so does `*.` before the domain of a hosting provider."""
     for host in subject.settings.allowed_hosts:
@@ -237,14 +106,14 @@ def _wide_hosts(subject: Subject) -> Problems:
             yield f"allowed_hosts has {host}: whole top-level domains", f"name your own domain, as in *.shop{host[1:]}"
 
 
-@_check(12, "info", "no trusted proxies")
+@check(12, "info", "no trusted proxies")
 def _no_proxies(subject: Subject) -> Problems:
     """Right where clients connect directly. Behind a load balancer all of them share one address and its limit."""
     if not subject.settings.trusted_proxies:
         yield "trusted_proxies is empty", "behind a load balancer, set it to the balancer's addresses"
 
 
-@_check(13, "error", "trusted proxies are too wide")
+@check(13, "error", "trusted proxies are too wide")
 def _wide_proxies(subject: Subject) -> Problems:
     """Whoever is in such a network chooses the address that limits, bans and logs know them by."""
     for entry in subject.settings.trusted_proxies:
@@ -257,14 +126,14 @@ def _wide_proxies(subject: Subject) -> Problems:
             yield f"trusted_proxies has {entry}", "name the addresses of your own proxies"
 
 
-@_check(14, "error", "the server believes everybody")
+@check(14, "error", "the server believes everybody")
 def _server_believes_all(subject: Subject) -> Problems:
     """With `FORWARDED_ALLOW_IPS=*` uvicorn takes the first entry of `X-Forwarded-For`, which any client can write."""
     if "*" in _believed(subject):
         yield "FORWARDED_ALLOW_IPS is *", "unset it, run uvicorn with --no-proxy-headers, and set trusted_proxies"
 
 
-@_check(15, "warning", "forwarding headers are read twice")
+@check(15, "warning", "forwarding headers are read twice")
 def _read_twice(subject: Subject) -> Problems:
     """Uvicorn puts the client in the place of the peer; the client is then taken for a proxy, or for an unknown one."""
     believed = _believed(subject)
@@ -282,7 +151,7 @@ def _believed(subject: Subject) -> str:
 # --- state ------------------------------------------------------------------------------------------------------------
 
 
-@_check(20, "warning", "each worker counts for itself")
+@check(20, "warning", "each worker counts for itself")
 def _counts_apart(subject: Subject) -> Problems:
     """In memory a limit holds for one process: with four, four times as much passes, and a ban is known to one."""
     workers = max(subject.workers, subject.settings.workers)
@@ -290,7 +159,7 @@ def _counts_apart(subject: Subject) -> Problems:
         yield f"{workers} workers keep limits, bans and sessions apart", "set state_url to a Redis that all share"
 
 
-@_check(21, "warning", "number of workers differs")
+@check(21, "warning", "number of workers differs")
 def _workers_differ(subject: Subject) -> Problems:
     """When the store is gone each worker counts its share, which is by the setting."""
     said = subject.workers
@@ -298,7 +167,7 @@ def _workers_differ(subject: Subject) -> Problems:
         yield f"the server runs {said} workers, the setting says {subject.settings.workers}", f"set workers={said}"
 
 
-@_check(22, "warning", "the store is open on the network")
+@check(22, "warning", "the store is open on the network")
 def _open_store(subject: Subject) -> Problems:
     """Who reaches the store can lift every limit and read sessions."""
     url = subject.settings.state_url
@@ -325,7 +194,7 @@ _FEW_CHARACTERS = 8
 _GUESSED = re.compile(r"change.?me|secret|password|example|12345678", re.IGNORECASE)
 
 
-@_check(30, "warning", "a layer is off")
+@check(30, "warning", "a layer is off")
 def _layer_off(subject: Subject) -> Problems:
     """What is switched off protects from nothing. If another part of your system does it, say so by ignoring FH030."""
     off = [name for name in _LAYERS.split() if not getattr(subject.settings, name).enabled]
@@ -333,7 +202,7 @@ def _layer_off(subject: Subject) -> Problems:
         yield f"switched off: {', '.join(off)}", "leave enabled=false out"
 
 
-@_check(31, "warning", "HSTS is off or short")
+@check(31, "warning", "HSTS is off or short")
 def _hsts(subject: Subject) -> Problems:
     """Without it the first request of a visit may go out unencrypted, to whoever listens. Half a year is the least."""
     headers = subject.settings.security_headers
@@ -343,14 +212,14 @@ def _hsts(subject: Subject) -> Problems:
         yield "HSTS is off, or below half a year", "set strict_transport_security='max-age=63072000; includeSubDomains'"
 
 
-@_check(32, "warning", "validation is off")
+@check(32, "warning", "validation is off")
 def _validation_off(subject: Subject) -> Problems:
     """Nothing looks at content, and nothing tells that somebody tries."""
     if subject.settings.input_validation.mode == "off":
         yield "input_validation.mode is 'off'", "set it to 'report', and to 'enforce' when the report is clean"
 
 
-@_check(33, "info", "validation only reports")
+@check(33, "info", "validation only reports")
 def _validation_reports(subject: Subject) -> Problems:
     """The default, so that nobody is refused by mistake. When the report has been clean for a while, enforce."""
     validation = subject.settings.input_validation
@@ -358,14 +227,14 @@ def _validation_reports(subject: Subject) -> Problems:
         yield "input_validation.mode is 'report'", "look at handle.validation, then set it to 'enforce'"
 
 
-@_check(34, "warning", "limits only report")
+@check(34, "warning", "limits only report")
 def _limits_report(subject: Subject) -> Problems:
     """Requests over the limit are counted, and pass."""
     if subject.settings.rate_limit.enabled and subject.settings.rate_limit.report_only:
         yield "rate_limit.report_only is on", "take it out when the limits fit"
 
 
-@_check(35, "error", "a secret is weak")
+@check(35, "error", "a secret is weak")
 def _weak_secret(subject: Subject) -> Problems:
     """Of few different characters, or with a word that everybody tries. The value is never shown."""
     for key, secret in _secrets(subject.settings):
@@ -374,7 +243,7 @@ def _weak_secret(subject: Subject) -> Problems:
             yield f"{key} can be guessed", "make one by `openssl rand -hex 32`"
 
 
-@_check(36, "warning", "session cookie without TLS")
+@check(36, "warning", "session cookie without TLS")
 def _insecure_cookie(subject: Subject) -> Problems:
     """A cookie that goes out unencrypted is a login for whoever listens."""
     session = subject.settings.auth.session
@@ -382,7 +251,7 @@ def _insecure_cookie(subject: Subject) -> Problems:
         yield "auth.session.secure is off", "leave it out: the cookie is for https where the request came by https"
 
 
-@_check(37, "warning", "CORS trusts what is not safe")
+@check(37, "warning", "CORS trusts what is not safe")
 def _risky_cors(subject: Subject) -> Problems:
     """A page without TLS can be changed on its way; one on localhost is whatever runs on the visitor's machine."""
     cors = subject.handle.cors
@@ -395,14 +264,14 @@ def _risky_cors(subject: Subject) -> Problems:
         yield "public pages may call into the private network", "set cors.allow_private_network=false"
 
 
-@_check(38, "info", "CORS allows everybody")
+@check(38, "info", "CORS allows everybody")
 def _open_cors(subject: Subject) -> Problems:
     """Right for a public API that knows nobody by cookies or by the network."""
     if "*" in subject.handle.cors.allow_origins:
         yield "pages of every origin may read answers", "name the origins, unless this is a public API"
 
 
-@_check(39, "warning", "anybody may change something")
+@check(39, "warning", "anybody may change something")
 def _open_changes(subject: Subject) -> Problems:
     """With `auth.default = "optional"` a route that forgets its requirement is open. `Public()` says it is meant."""
     unsafe = {"POST", "PUT", "PATCH", "DELETE"}
@@ -420,7 +289,7 @@ def _open_changes(subject: Subject) -> Problems:
         yield f"open to everybody: {', '.join(found[:5])}{more}", fix
 
 
-@_check(40, "info", "threads without a deadline")
+@check(40, "info", "threads without a deadline")
 def _no_deadline(subject: Subject) -> Problems:
     """A `def` endpoint holds one of forty threads until it is done. When all wait for a database, nobody is served."""
     entries = () if subject.settings.timeout.enabled else subject.handle.table
@@ -444,14 +313,14 @@ def _has_a_scheme(dependant: Any) -> bool:
 # --- the deployment ---------------------------------------------------------------------------------------------------
 
 
-@_check(50, "warning", "a key has no effect")
+@check(50, "warning", "a key has no effect")
 def _without_effect(subject: Subject) -> Problems:
     """A key of a concern that is planned is accepted, and does nothing yet."""
     for key in subject.settings.without_effect():
         yield f"{key} is set, but the concern is not built yet", "do not rely on it"
 
 
-@_check(51, "warning", "spans are lost")
+@check(51, "warning", "spans are lost")
 def _lost_spans(subject: Subject) -> Problems:
     """An endpoint is set, and nothing is installed that could send spans to it."""
     environ, tracing = subject.environ, subject.handle.tracing
