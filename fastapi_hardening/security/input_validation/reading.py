@@ -67,11 +67,17 @@ def starts_like_a_query(text: str) -> bool:
 
 # Without blanks there are no words that could be a query.
 _PLAIN_IN_TARGET = PLAIN.replace(b" ", b"").replace(b"\t", b"")
+_BEGINS_IN_QUERY = Pattern(rb"(?:[=&]|\A)" + _WORDS_SOURCE.encode(), re.IGNORECASE)
 
 
 def is_plain_query(query: bytes) -> bool:
     """Whether no name and no value of a query needs a look, told from the query as it was sent."""
-    return not query.translate(None, _PLAIN_IN_TARGET + b"=&") and b".." not in query and b"proto" not in query
+    if query.translate(None, _PLAIN_IN_TARGET + b"=&+") or b".." in query or b"proto" in query:
+        return False
+    if b"+" not in query:
+        return True
+    query = query.replace(b"+", b" ")
+    return b"select" not in query.lower() and _BEGINS_IN_QUERY.search(query) is None
 
 
 def is_plain_path(path: str) -> bool:
