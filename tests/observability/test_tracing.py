@@ -14,6 +14,8 @@ import pytest
 from fastapi import APIRouter, BackgroundTasks, FastAPI, HTTPException, WebSocket
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from opentelemetry import trace
 from opentelemetry.instrumentation._semconv import _OpenTelemetrySemanticConventionStability as Conventions
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
@@ -144,10 +146,10 @@ def make_app(**arguments: Any) -> FastAPI:
     return app
 
 
-def client_of(spans: Spans, **settings: Any) -> TestClient:
+def client_of(spans: Spans, **keys: Any) -> TestClient:
     """Gives a client of the application, hardened."""
     app = make_app()
-    harden(app, Settings(tracing=settings), tracer_provider=spans.provider)
+    harden(app, Settings(tracing=keys), tracer_provider=spans.provider)
     return TestClient(app, raise_server_exceptions=False)
 
 
@@ -282,6 +284,29 @@ def test_an_invalid_traceparent_restarts_the_trace(usual: tuple[Spans, TestClien
     assert spans.one.parent is None
     assert context is not None
     assert format(context.trace_id, "032x") != TRACE
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([b"traceparent", b"tracestate", b"baggage"]),
+            st.binary(max_size=60) | st.just(TRACEPARENT.encode()) | st.from_regex(rb"[a-z0-9]{1,9}=[!-~]{0,9},?"),
+        ),
+        max_size=4,
+    ),
+    st.binary(max_size=20),
+)
+@settings(max_examples=40, deadline=None)
+def test_whatever_is_sent_there_is_one_span_of_one_trace(headers: list[tuple[bytes, bytes]], query: bytes) -> None:
+    """No header field breaks a request, and none makes a trace that is none."""
+    spans = Spans()
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers, "query_string": query}
+    asyncio.run(TracingMiddleware(_answer, provider=spans.provider)(scope, _never, _ignore))
+    context = spans.one.context
+    assert context is not None
+    assert context.is_valid
+    continued = [value for name, value in headers if name == b"traceparent"] == [TRACEPARENT.encode()]
+    assert not continued or format(context.trace_id, "032x") == TRACE
 
 
 def test_two_traceparents_are_none(usual: tuple[Spans, TestClient]) -> None:
