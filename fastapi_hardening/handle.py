@@ -220,6 +220,7 @@ class Hardening:
             retries=self.retries,
             events=self.events,
             clock=self.clock,
+            provider=lambda: self.tracing.provider if settings.tracing.enabled else None,
         )
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(

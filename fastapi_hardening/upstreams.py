@@ -5,6 +5,7 @@ stand around a call is the list ``OUTBOUND`` in :mod:`fastapi_hardening.harden`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Self
 from urllib.parse import urlsplit
 
@@ -15,7 +16,7 @@ from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError, Section, did_you_mean
 from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.outbound import Outgoing, Send
-from fastapi_hardening.performance.http_client import ConnectionPool, ConnectionSettings, client_of
+from fastapi_hardening.performance.http_client import ConnectionPool, ConnectionSettings, Provider, client_of
 from fastapi_hardening.resilience.bulkhead import BulkheadSettings, CallBulkhead
 from fastapi_hardening.resilience.call_timeout import CallTimeout
 from fastapi_hardening.resilience.circuit_breaker import CircuitBreakers, CircuitBreakerSettings
@@ -144,6 +145,7 @@ class Upstream:
         retries: Retries,
         events: Events,
         clock: Clock,
+        provider: Provider,
     ) -> None:
         self.name = name
         self.settings = settings
@@ -173,14 +175,14 @@ class Upstream:
         send: Send = self._nowhere
         for slot in reversed(slots):
             send = slot.build(self, send)
-        self._send = send
-        self._client = client_of(name, send, self.pool.aclose)
+        self._make_client = partial(client_of, name, send, self.pool.aclose, provider=provider)
+        self._client = self._make_client()
 
     @property
     def client(self) -> "httpx2.AsyncClient":
         """What is called. Closed by somebody, as by ``async with``, it is made anew: it is not theirs alone."""
         if self._client.is_closed:
-            self._client = client_of(self.name, self._send, self.pool.aclose)
+            self._client = self._make_client()
         return self._client
 
     def breaker_of(self, url: str) -> str:
@@ -201,6 +203,7 @@ class Upstreams:
         retries: Have one policy for each upstream.
         events: Where it is told.
         clock: Where the time comes from.
+        provider: Gives what makes the spans of calls, if anything does.
     """
 
     def __init__(
@@ -212,7 +215,9 @@ class Upstreams:
         retries: Retries,
         events: Events,
         clock: Clock,
+        provider: Provider = lambda: None,
     ) -> None:
+        self._provider = provider
         self.settings = settings
         self.slots = tuple(slots)
         self._breakers = breakers
@@ -247,6 +252,7 @@ class Upstreams:
             retries=self._retries,
             events=self._events,
             clock=self._clock,
+            provider=self._provider,
         )
         if is_first:
             for call in self.on_first:

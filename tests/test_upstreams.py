@@ -10,6 +10,10 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
 
 from fastapi_hardening import ConfigurationError, Hardening, Settings, harden
 from fastapi_hardening.core.outbound import Outgoing
@@ -148,6 +152,45 @@ def test_a_name_may_have_lines_in_it() -> None:
     for name in ("stock-room_2", "7"):
         client = handle.upstream(name)
         assert client.build_request("GET", "/x").url.host == name
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_a_call_is_a_span_under_the_request_that_needs_it(status: int) -> None:
+    """One for all attempts, and the parent of what the other service does; without the query."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+
+    async def course(_handle: Hardening, servers: list[SmallServer]) -> Seen:
+        servers[0].behave = lambda _: Answer(status)
+        app = FastAPI()
+        upstream = QUICK | {"base_urls": [servers[0].url]}
+        handle = harden(app, Settings(_env_file=None, upstreams={"stock": upstream}), tracer_provider=provider)
+
+        @app.get("/")
+        async def index() -> None:
+            await handle.upstream("stock").get("/items?secret=1")
+
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as client:
+            await client.get("/")
+        await handle.upstreams.close()
+        return servers[0].seen[-1]
+
+    seen = run(course)
+    call, request = exporter.get_finished_spans()
+    assert (call.kind, request.kind) == (SpanKind.CLIENT, SpanKind.SERVER)
+    assert call.parent is not None
+    assert request.context is not None
+    assert call.context is not None
+    assert call.parent.span_id == request.context.span_id
+    assert seen.headers["traceparent"].split("-")[2] == f"{call.context.span_id:016x}"
+    assert dict(call.attributes or {}) == {
+        "http.request.method": "GET",
+        "http.response.status_code": status,
+        "server.address": "stock",
+        "url.full": "http://stock/items",
+    }
+    assert call.status.is_ok is (status == 200)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry import trace
+from opentelemetry import propagate, trace
+from opentelemetry.trace import SpanKind, StatusCode, TracerProvider
 from pydantic import Field
 
 from fastapi_hardening.core import context as request_context
@@ -34,6 +35,8 @@ from fastapi_hardening.core.outbound import Outgoing, Send, is_repeatable
 
 if TYPE_CHECKING:
     import httpx2
+
+Provider = Callable[[], TracerProvider | None]
 
 _WHOLE = "fastapi_hardening.whole"
 _TRACEPARENT = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -138,13 +141,16 @@ class ConnectionPool:
                 await transport.aclose()
 
 
-def client_of(name: str, send: Send, aclose: Callable[[], Awaitable[None]]) -> "httpx2.AsyncClient":
+def client_of(
+    name: str, send: Send, aclose: Callable[[], Awaitable[None]], *, provider: Provider = lambda: None
+) -> "httpx2.AsyncClient":
     """A client whose requests go through the layers around an upstream.
 
     Args:
         name: The upstream; the host in the URLs of the client, such as ``http://payments/accounts/7``.
         send: The outermost layer.
         aclose: Closes the connections.
+        provider: Gives what makes the spans of calls, one for each with all its attempts; ``None`` for none.
 
     Raises:
         ConfigurationError: httpx2 is not installed.
@@ -153,7 +159,7 @@ def client_of(name: str, send: Send, aclose: Callable[[], Awaitable[None]]) -> "
     no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
     # No proxies or credentials of the environment, and no timeouts but those of the layers.
     client: httpx2.AsyncClient = _client_class()(
-        transport=_transport_class()(name, send, aclose),
+        transport=_transport_class()(name, send, aclose, provider),
         base_url=f"http://{name}",
         cookies=no_cookies,
         trust_env=False,
@@ -165,14 +171,14 @@ def client_of(name: str, send: Send, aclose: Callable[[], Awaitable[None]]) -> "
 def trace_headers(context: request_context.RequestContext | None) -> dict[str, str]:
     """What tells another service which request it works for: its id, and its trace (W3C Trace Context).
 
-    The trace is that of the current span; without one, what came in is passed on as it is.
+    The trace is that of the current span, as OpenTelemetry's propagators write it; without a span, what came in is
+    passed on as it is.
     """
     headers: dict[str, str] = {}
     if context is not None:
         headers["x-request-id"] = context.request_id
-    span = trace.get_current_span().get_span_context()
-    if span.is_valid:
-        headers["traceparent"] = f"00-{span.trace_id:032x}-{span.span_id:016x}-{span.trace_flags:02x}"
+    if trace.get_current_span().get_span_context().is_valid:
+        propagate.inject(headers)
     elif context is not None and context.traceparent is not None and _TRACEPARENT.fullmatch(context.traceparent):
         headers["traceparent"] = context.traceparent.decode("ascii")
     return headers
@@ -208,16 +214,35 @@ def _transport_class() -> Any:
     class UpstreamTransport(httpx2.AsyncBaseTransport):  # type: ignore[misc, name-defined]
         """Hands requests to the layers."""
 
-        def __init__(self, name: str, send: Send, aclose: Callable[[], Awaitable[None]]) -> None:
+        def __init__(self, name: str, send: Send, aclose: Callable[[], Awaitable[None]], provider: Provider) -> None:
             self._name = name
             self._send = send
             self._close = aclose
+            self._provider = provider
 
         async def handle_async_request(self, request: Any) -> Any:
             if request.url.host != self._name or request.url.scheme != "http":
                 raise httpx2.UnsupportedProtocol(
                     f"this client calls {self._name!r} only, by paths such as '/x', and not {request.url.host!r}"
                 )
+            provider = self._provider()
+            if provider is None:
+                return await self._exchange(request)
+            attributes = {
+                "http.request.method": request.method,
+                "server.address": self._name,
+                # Without the query, which may be anything.
+                "url.full": f"http://{self._name}{request.url.path}",
+            }
+            tracer = provider.get_tracer("fastapi_hardening")
+            with tracer.start_as_current_span(request.method, kind=SpanKind.CLIENT, attributes=attributes) as span:
+                answer = await self._exchange(request)
+                span.set_attribute("http.response.status_code", answer.status_code)
+                if answer.status_code >= 400:  # noqa: PLR2004 - for a client, errors of both classes
+                    span.set_status(StatusCode.ERROR)
+                return answer
+
+        async def _exchange(self, request: Any) -> Any:
             for header, value in trace_headers(request_context.current()).items():
                 request.headers.setdefault(header, value)
             # What is sent from a generator is gone once it was sent.
