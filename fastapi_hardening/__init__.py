@@ -15,6 +15,7 @@ from fastapi_hardening.handle import Hardening
 from fastapi_hardening.harden import harden
 from fastapi_hardening.observability.access_log import configure_logging
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
+from fastapi_hardening.resilience.timeout import Timeout
 from fastapi_hardening.security.auth.overrides import (
     Authorize,
     CurrentUser,
@@ -56,6 +57,7 @@ __all__ = [
     "RequireUser",
     "SecurityHeaders",
     "Settings",
+    "Timeout",
     "WebSocketLimits",
     "configure_logging",
     "csp_nonce_context",

@@ -43,6 +43,7 @@ from fastapi_hardening.observability.health import HealthMiddleware, details_gua
 from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_guard
 from fastapi_hardening.observability.request_context import RequestContextMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
+from fastapi_hardening.resilience.timeout import TimeoutMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.auth import openapi as auth_openapi
 from fastapi_hardening.security.auth.layer import AuthenticationMiddleware, check_routes
@@ -110,6 +111,8 @@ INBOUND: tuple[Slot, ...] = (
              app, h.settings.rate_limit, clock=h.clock, store=h.store, declared=h.declared_limits, banned=banned(h))),
     Slot("input validation", "input_validation", "looks for attacks in content, and reports or refuses them",
          lambda h, app: InputValidationMiddleware(app, h.settings.input_validation, report=h.validation)),
+    Slot("timeout", "timeout", "504 where a handler has not begun to answer in time",
+         lambda h, app: TimeoutMiddleware(app, h.settings.timeout, clock=h.clock)),
     Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
     Slot("compression", "compression", "compresses answers"),
     Slot("response cache", "response_cache", "answers from memory, after authorisation"),

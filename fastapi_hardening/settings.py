@@ -30,6 +30,7 @@ from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
+from fastapi_hardening.resilience.timeout import TimeoutSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.auth.settings import AuthSettings
 from fastapi_hardening.security.bans import BansSettings
@@ -189,6 +190,9 @@ class Settings(BaseSettings):
     input_validation: InputValidationSettings = InputValidationSettings()
     """Inspection of content."""
 
+    timeout: TimeoutSettings = TimeoutSettings()
+    """Deadlines of handlers."""
+
     idempotency: NotBuiltYet = NotBuiltYet()
     """Replay of repeated requests; planned."""
 
@@ -197,9 +201,6 @@ class Settings(BaseSettings):
 
     response_cache: NotBuiltYet = NotBuiltYet()
     """Caching of answers; planned."""
-
-    timeout: NotBuiltYet = NotBuiltYet()
-    """Deadlines of handlers; planned."""
 
     docs_pages: DocsPagesSettings = DocsPagesSettings()
     """The pages of the API's documentation."""

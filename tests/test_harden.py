@@ -24,7 +24,7 @@ from fastapi_hardening.harden import INBOUND
 ORDER = (
     "probes, request context, access log, metrics, tracing, security headers, CORS, errors, drain, load shedding, "
     "request limits, address limit, security.txt, CSP reports, websocket limits, version, authentication, tenancy, "
-    "rate limit, input validation, idempotency, compression, response cache"
+    "rate limit, input validation, timeout, idempotency, compression, response cache"
 )
 
 
@@ -69,6 +69,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "AuthenticationMiddleware",
         "RateLimitMiddleware",
         "InputValidationMiddleware",
+        "TimeoutMiddleware",
     ]
     on = [layer.name for layer in handle.pipeline if layer.state == "on"]
     assert on == [
@@ -86,6 +87,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "authentication",
         "rate limit",
         "input validation",
+        "timeout",
     ]
 
 

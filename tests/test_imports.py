@@ -34,6 +34,7 @@ PUBLIC = [
     "RequireUser",
     "SecurityHeaders",
     "Settings",
+    "Timeout",
     "WebSocketLimits",
     "configure_logging",
     "csp_nonce_context",

@@ -33,6 +33,7 @@ class RequestContext:
         started: When the request arrived, on the monotonic clock, in seconds.
         route: The route that the request will reach, with its overrides; ``None`` until a layer has looked it up.
         path: The path for which the route was looked up; a middleware of the application may change the request's.
+        deadline: When the time for an answer is up, on the monotonic clock, in seconds; ``None`` without a limit.
         traceparent: The W3C ``traceparent`` as it came in, not validated; ``None`` without one.
         principal: Who the caller is, once authentication has said so.
         tenant: Whose data it is about, once tenancy has said so.
@@ -45,6 +46,7 @@ class RequestContext:
 
     __slots__ = (
         "client",
+        "deadline",
         "error_format",
         "events",
         "fields",
@@ -82,6 +84,7 @@ class RequestContext:
         self.hardened = hardened
         self.route: RouteEntry | None = None
         self.path: str | None = None
+        self.deadline: float | None = None
         self.fields: dict[bytes, bytes] | None = None
         self.principal: Any = None
         self.tenant: str | None = None
