@@ -16,10 +16,12 @@ from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.identity import Authenticator
 from fastapi_hardening.core.keys import AllowList
 from fastapi_hardening.core.lifecycle import Lifecycle
+from fastapi_hardening.core.load import Load
 from fastapi_hardening.core.redis_store import RedisStore
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore, StoreFailed, StoreRecovered
 from fastapi_hardening.observability.metrics import Recorder
+from fastapi_hardening.resilience.load_shedding import Shedder
 from fastapi_hardening.security.auth.gate import Gate
 from fastapi_hardening.security.auth.keys import RemoteKeys
 from fastapi_hardening.security.auth.overrides import is_open
@@ -100,6 +102,8 @@ class Hardening:
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
+        load: How much there is to do; add queues of your own.
+        shedder: Who decides which requests are refused when it is too much.
         client_addresses: Finds the client's address.
         table: The routes of the application and of everything mounted under it.
         clock: Where the time comes from.
@@ -118,6 +122,8 @@ class Hardening:
     store: StateStore
     auth: Gate
     lifecycle: Lifecycle
+    load: Load
+    shedder: Shedder
     client_addresses: ClientAddressResolver
     table: RouteTable
     clock: Clock
@@ -171,6 +177,8 @@ class Hardening:
         self.client_addresses = ClientAddressResolver(
             settings.trusted_proxies, forwarded_header=settings.forwarded_header, events=self.events
         )
+        self.load = Load(self.events)
+        self.shedder = Shedder(settings.load_shedding)
         self.lifecycle = Lifecycle(
             drain_delay_seconds=settings.health.drain_delay_seconds,
             drain_deadline_seconds=settings.health.drain_deadline_seconds,

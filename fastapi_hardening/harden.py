@@ -43,6 +43,7 @@ from fastapi_hardening.observability.health import HealthMiddleware, details_gua
 from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_guard
 from fastapi_hardening.observability.request_context import RequestContextMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
+from fastapi_hardening.resilience.load_shedding import LoadSheddingMiddleware
 from fastapi_hardening.resilience.timeout import TimeoutMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.auth import openapi as auth_openapi
@@ -88,7 +89,9 @@ INBOUND: tuple[Slot, ...] = (
     Slot("drain", "health", "new connections and, in the end, new requests go elsewhere while the process ends",
          lambda h, app: DrainMiddleware(
              app, lifecycle=h.lifecycle, retry_after_seconds=h.settings.health.retry_after_seconds)),
-    Slot("load shedding", "load_shedding", "503 while overloaded"),
+    Slot("load shedding", "load_shedding", "503 at once while more comes than can be done",
+         lambda h, app: LoadSheddingMiddleware(
+             app, h.settings.load_shedding, shedder=h.shedder, load=h.load, clock=h.clock)),
     Slot("request limits", "request_limits", "line, header fields, host, path, and the body as it is read",
          lambda h, app: RequestLimitsMiddleware(
              app, h.settings.request_limits, allowed_hosts=h.settings.allowed_hosts, clock=h.clock)),

@@ -30,6 +30,7 @@ from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
+from fastapi_hardening.resilience.load_shedding import LoadSheddingSettings
 from fastapi_hardening.resilience.timeout import TimeoutSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.auth.settings import AuthSettings
@@ -156,8 +157,8 @@ class Settings(BaseSettings):
     errors: ErrorsSettings = ErrorsSettings()
     """Error answers."""
 
-    load_shedding: NotBuiltYet = NotBuiltYet()
-    """Refusals under overload; planned."""
+    load_shedding: LoadSheddingSettings = LoadSheddingSettings()
+    """Refusals under overload."""
 
     request_limits: RequestLimitsSettings = RequestLimitsSettings()
     """Limits on the request itself."""

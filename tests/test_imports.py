@@ -23,6 +23,7 @@ PUBLIC = [
     "InputPolicy",
     "OptionalUser",
     "Principal",
+    "Priority",
     "Problem",
     "Public",
     "RateLimit",
