@@ -15,6 +15,7 @@ from fastapi_hardening.handle import Hardening
 from fastapi_hardening.harden import harden
 from fastapi_hardening.observability.access_log import configure_logging
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
+from fastapi_hardening.resilience.concurrency import Bulkhead
 from fastapi_hardening.resilience.load_shedding import Priority
 from fastapi_hardening.resilience.timeout import Timeout
 from fastapi_hardening.security.auth.overrides import (
@@ -37,6 +38,7 @@ from fastapi_hardening.settings import Settings
 
 __all__ = [
     "Authorize",
+    "Bulkhead",
     "CheckResult",
     "ConfigurationError",
     "Cors",

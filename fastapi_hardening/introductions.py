@@ -22,7 +22,7 @@ from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening
 from fastapi_hardening.observability.request_context import ContextMaker
 from fastapi_hardening.performance.fast_routing import FastRouting
-from fastapi_hardening.resilience import load_shedding
+from fastapi_hardening.resilience import concurrency, load_shedding
 from fastapi_hardening.security import csp_reports, security_txt, slowapi_limits
 from fastapi_hardening.security.auth import openapi as auth_openapi
 from fastapi_hardening.security.auth.layer import check_routes, demand_again
@@ -45,6 +45,7 @@ def introduce(handle: Hardening) -> None:
         csp_reports.measure(handle.metrics.registry, handle.events)
     if settings.load_shedding.enabled:
         load_shedding.measure(handle.metrics.registry, handle.shedder)
+    concurrency.measure(handle.metrics.registry, handle.table)
     if settings.security_txt.enabled:
         handle.checks.add("security_txt", security_txt.check(settings.security_txt, handle.clock), critical=False)
 
