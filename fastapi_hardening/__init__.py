@@ -16,6 +16,7 @@ from fastapi_hardening.harden import harden
 from fastapi_hardening.observability.access_log import configure_logging
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
 from fastapi_hardening.resilience.concurrency import Bulkhead
+from fastapi_hardening.resilience.degradation import Feature
 from fastapi_hardening.resilience.load_shedding import Priority
 from fastapi_hardening.resilience.timeout import Timeout
 from fastapi_hardening.security.auth.overrides import (
@@ -45,6 +46,7 @@ __all__ = [
     "CspNonce",
     "CurrentRequest",
     "CurrentUser",
+    "Feature",
     "Hardening",
     "InputPolicy",
     "OptionalUser",

@@ -13,6 +13,7 @@ from fastapi_hardening.core.check import CheckResult, Checks
 from fastapi_hardening.core.client_ip import ClientAddressResolver
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.events import Events
+from fastapi_hardening.core.features import Features
 from fastapi_hardening.core.identity import Authenticator
 from fastapi_hardening.core.keys import AllowList
 from fastapi_hardening.core.lifecycle import Lifecycle
@@ -103,6 +104,7 @@ class Hardening:
         auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
         load: How much there is to do; add queues of your own.
+        features: Which features are on; switch them off and on by hand here.
         shedder: Who decides which requests are refused when it is too much.
         client_addresses: Finds the client's address.
         table: The routes of the application and of everything mounted under it.
@@ -123,6 +125,7 @@ class Hardening:
     auth: Gate
     lifecycle: Lifecycle
     load: Load
+    features: Features
     shedder: Shedder
     client_addresses: ClientAddressResolver
     table: RouteTable
@@ -179,6 +182,17 @@ class Hardening:
         )
         self.load = Load(self.events)
         self.shedder = Shedder(settings.load_shedding)
+        degradation = settings.degradation
+        self.features = Features(
+            off=degradation.off if degradation.enabled else (),
+            load=self.load if degradation.enabled and degradation.by_load else None,
+            recovery_seconds=degradation.recovery_seconds,
+            checks=self.checks,
+            store=_shared(self.store),
+            sync_seconds=degradation.sync_seconds,
+            events=self.events,
+            clock=self.clock,
+        )
         self.lifecycle = Lifecycle(
             drain_delay_seconds=settings.health.drain_delay_seconds,
             drain_deadline_seconds=settings.health.drain_deadline_seconds,

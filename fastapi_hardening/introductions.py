@@ -20,9 +20,11 @@ from fastapi_hardening.core.problem import Problem
 from fastapi_hardening.core.routes import RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening
+from fastapi_hardening.observability.health import HealthChanged
 from fastapi_hardening.observability.request_context import ContextMaker
 from fastapi_hardening.performance.fast_routing import FastRouting
-from fastapi_hardening.resilience import concurrency, load_shedding
+from fastapi_hardening.resilience import concurrency, degradation, load_shedding
+from fastapi_hardening.resilience.degradation import Feature
 from fastapi_hardening.security import csp_reports, security_txt, slowapi_limits
 from fastapi_hardening.security.auth import openapi as auth_openapi
 from fastapi_hardening.security.auth.layer import check_routes, demand_again
@@ -46,8 +48,24 @@ def introduce(handle: Hardening) -> None:
     if settings.load_shedding.enabled:
         load_shedding.measure(handle.metrics.registry, handle.shedder)
     concurrency.measure(handle.metrics.registry, handle.table)
+    if settings.degradation.enabled:
+        degradation.measure(handle.metrics.registry, handle.features)
+        handle.events.subscribe(HealthChanged, lambda each: handle.features.learn(each.check, each.after))
+        handle.table.on_rebuilt.append(_declaring(handle))
     if settings.security_txt.enabled:
         handle.checks.add("security_txt", security_txt.check(settings.security_txt, handle.clock), critical=False)
+
+
+def _declaring(handle: Hardening) -> Callable[[RouteTable], None]:
+    """Makes the features of all routes known, so that they are listed before anybody asks for one."""
+
+    def declare(table: RouteTable) -> None:
+        for entry in table:
+            for feature in entry.of(Feature):
+                if isinstance(feature, Feature):
+                    feature.declare(handle.features)
+
+    return declare
 
 
 def banned(handle: Hardening) -> Callable[[str], Problem | None] | None:
@@ -179,4 +197,5 @@ def context_maker(handle: Hardening) -> ContextMaker:
         events=handle.events,
         clock=handle.clock,
         hardened=True,
+        features=handle.features,
     )

@@ -30,6 +30,7 @@ from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
+from fastapi_hardening.resilience.degradation import DegradationSettings
 from fastapi_hardening.resilience.load_shedding import LoadSheddingSettings
 from fastapi_hardening.resilience.timeout import TimeoutSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
@@ -202,6 +203,9 @@ class Settings(BaseSettings):
 
     response_cache: NotBuiltYet = NotBuiltYet()
     """Caching of answers; planned."""
+
+    degradation: DegradationSettings = DegradationSettings()
+    """Features that can be off."""
 
     docs_pages: DocsPagesSettings = DocsPagesSettings()
     """The pages of the API's documentation."""

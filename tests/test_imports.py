@@ -20,6 +20,7 @@ PUBLIC = [
     "CspNonce",
     "CurrentRequest",
     "CurrentUser",
+    "Feature",
     "Hardening",
     "InputPolicy",
     "OptionalUser",

@@ -15,6 +15,7 @@ from fastapi_hardening.core.client_ip import ClientAddress, ClientAddressResolve
 from fastapi_hardening.core.events import Events
 
 if TYPE_CHECKING:
+    from fastapi_hardening.core.features import Features
     from fastapi_hardening.core.routes import RouteEntry
 
 SCOPE_KEY = "fastapi_hardening.context"
@@ -40,6 +41,7 @@ class RequestContext:
         fields: The request's header fields by name; ``None`` where a name stands twice, or nobody has looked yet.
         error_format: ``problem`` (RFC 9457) or ``fastapi`` (``{"detail": ...}``).
         events: The event bus of the hardened application, or ``None`` outside one.
+        features: Which features of it are on, or ``None`` outside one.
         hardened: The stack of a ``harden()`` call is around; a second one inside it steps aside.
         state: What single concerns keep for this request, each under its own class.
     """
@@ -49,6 +51,7 @@ class RequestContext:
         "deadline",
         "error_format",
         "events",
+        "features",
         "fields",
         "hardened",
         "path",
@@ -73,6 +76,7 @@ class RequestContext:
         error_format: Literal["problem", "fastapi"] = "problem",
         events: Events | None = None,
         hardened: bool = False,
+        features: "Features | None" = None,
     ) -> None:
         self.request_id = request_id
         self.client = client
@@ -82,6 +86,7 @@ class RequestContext:
         self.error_format: Literal["problem", "fastapi"] = error_format
         self.events = events
         self.hardened = hardened
+        self.features = features
         self.route: RouteEntry | None = None
         self.path: str | None = None
         self.deadline: float | None = None
