@@ -298,6 +298,7 @@ class Probe:
         self._threads: CapacityLimiter | None = None
         self._seen = 0
         self._idle = 0
+        self._chain = 0
         self._due = 0.0
         self._turning = False
 
@@ -306,7 +307,9 @@ class Probe:
         self.loop = loop
         self._threads = current_default_thread_limiter()
         self._idle = 0
-        self._arm(loop)
+        # Of two loops that take turns in starting it, each has one chain of looks, and not one more each time.
+        self._chain += 1
+        self._arm(loop, self._chain)
 
     def mark_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """Has the shedder told when the next turn of the event loop begins."""
@@ -318,16 +321,17 @@ class Probe:
         self._turning = False
         self._shedder.turn(self._now())
 
-    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _arm(self, loop: asyncio.AbstractEventLoop, chain: int) -> None:
         self._due = self._shedder.next_look = self._now() + _LOOK_SECONDS
-        loop.call_later(_LOOK_SECONDS, self._ring, loop)
+        loop.call_later(_LOOK_SECONDS, self._ring, loop, chain)
 
-    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _ring(self, loop: asyncio.AbstractEventLoop, chain: int) -> None:
         # It was due before it rang, and what is added now waits for all that is ready: the two together are the wait.
         now = self._now()
-        loop.call_soon(self._look, loop, now - self._due, now)
+        if chain == self._chain:
+            loop.call_soon(self._look, loop, chain, now - self._due, now)
 
-    def _look(self, loop: asyncio.AbstractEventLoop, late: float, since: float) -> None:
+    def _look(self, loop: asyncio.AbstractEventLoop, chain: int, late: float, since: float) -> None:
         now, shedder = self._now(), self._shedder
         if self._memory is not None and now >= self._memory_at:
             self._memory_at = now + _MEMORY_SECONDS
@@ -339,8 +343,8 @@ class Probe:
         self._idle = self._idle + 1 if shedder.seen == self._seen else 0
         self._seen = shedder.seen
         if self._idle < _IDLE_LOOKS or shedder.acts:
-            self._arm(loop)
-        elif self.loop is loop:
+            self._arm(loop, chain)
+        else:
             self.loop = None
             shedder.next_look = math.inf
 

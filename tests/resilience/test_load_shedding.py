@@ -350,6 +350,25 @@ def test_the_probe_measures_while_requests_come_and_then_rests(monkeypatch: pyte
     assert events.count(LoadChanged) == 0
 
 
+def test_loops_that_take_turns_have_one_chain_of_looks() -> None:
+    """Two servers in two threads of one process, for example: it is the last one that is looked at."""
+    shedder = Shedder(LoadSheddingSettings())
+    looks = []
+    shedder.on_look = lambda: looks.append(1)
+    probe = Probe(shedder, SystemClock(), Load())
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(10):
+            probe.start(loop)
+        while not looks:  # noqa: ASYNC110 - what is waited for is a timer
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert len(looks) == 1
+
+
 def test_waiting_for_threads_is_a_queue() -> None:
     """Half as many as are served is too long."""
 
