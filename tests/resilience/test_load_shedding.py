@@ -207,6 +207,35 @@ def test_a_flood_that_keeps_the_look_waiting_is_seen_from_within() -> None:
     assert 100 <= admitted <= 105
 
 
+def test_a_pause_of_the_whole_process_is_no_queue() -> None:
+    """Those that have come meanwhile are served, and by that time the look has come, too."""
+    shedder = Shedder(LoadSheddingSettings())
+    now = standing(shedder, seconds=5, delay=0.0)
+    shedder.next_look = now
+    assert all(shedder.admit("default", now + 30 + number * 0.005) for number in range(100))
+    shedder.look(now + 30.5, delay=30.5)
+    shedder.look(now + 30.52, delay=0.0)
+    assert shedder.rate is None
+
+
+def test_requests_one_after_another_in_one_task_make_no_queue() -> None:
+    """As tests send them, without a moment for the event loop to look at anything else."""
+    app, clock = FastAPI(), ManualClock()
+    handle = harden(app, clock=clock)
+
+    async def run() -> set[int]:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://shop.test") as client:
+            statuses = set()
+            for _ in range(50):
+                statuses.add((await client.get("/nothing")).status_code)
+                clock.advance(0.1)
+        return statuses
+
+    assert asyncio.run(run()) == {404}
+    assert handle.shedder.seen == 50
+    assert handle.shedder.served == 1
+
+
 def test_what_is_critical_is_admitted_and_what_is_in_the_background_is_not() -> None:
     """As long as anything is refused; the rest has what is left of the rate."""
     shedder = overloaded()
