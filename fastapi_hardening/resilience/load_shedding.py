@@ -393,11 +393,12 @@ class LoadSheddingMiddleware:
     ) -> None:
         self.app = app
         self._settings = settings = settings or LoadSheddingSettings()
-        self._clock = clock or SystemClock()
+        clock = clock or SystemClock()
+        self._now = clock.monotonic
         self.shedder = shedder or Shedder(settings)
         most, memory = settings.max_memory_ratio, memory or Memory()
         looks = None if most is None else lambda: (memory.ratio() or 0.0) >= most
-        self._probe = Probe(self.shedder, self._clock, load or Load(), looks)
+        self._probe = Probe(self.shedder, clock, load or Load(), looks)
         self._task: asyncio.Task[Any] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -413,12 +414,11 @@ class LoadSheddingMiddleware:
         # A server has a task for each request. Who sends one after another in one task, as tests do, makes no queue.
         task = asyncio.current_task()
         queues, self._task = task is not self._task, task
-        importance: Importance = "default"
-        if shedder.acts:
-            importance = self._importance(scope)
-            self._probe.mark_turn(loop)
-        admitted = shedder.admit(importance, self._clock.monotonic(), queues=queues)
-        if not admitted and await self._refuses(importance, scope, receive, send):
+        now = self._now()
+        if now <= shedder.next_look and shedder.rate is None and not shedder.exhausted:
+            # What most requests meet: nothing is refused, and the next look is not due.
+            shedder.seen += 1
+        elif await self._stops(loop, now, scope, receive, send, queues=queues):
             return
         if kind != "http":
             await self.app(scope, receive, send)
@@ -429,6 +429,18 @@ class LoadSheddingMiddleware:
         finally:
             shedder.in_flight -= 1
             shedder.served += queues
+
+    async def _stops(
+        self, loop: asyncio.AbstractEventLoop, now: float, scope: Scope, receive: Receive, send: Send, *, queues: bool
+    ) -> bool:
+        """Asks whether a request is admitted, and refuses it if it is not."""
+        importance: Importance = "default"
+        if self.shedder.acts:
+            importance = self._importance(scope)
+            self._probe.mark_turn(loop)
+        if self.shedder.admit(importance, now, queues=queues):
+            return False
+        return await self._refuses(importance, scope, receive, send)
 
     def _importance(self, scope: Scope) -> Importance:
         context = request_context.ensure(scope)
