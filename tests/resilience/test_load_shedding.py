@@ -21,10 +21,16 @@ from fastapi_hardening.core.clock import ManualClock, SystemClock
 from fastapi_hardening.core.events import Events, RequestRefused
 from fastapi_hardening.core.load import Load, LoadChanged
 from fastapi_hardening.core.memory import Memory
-from fastapi_hardening.resilience import load_shedding
-from fastapi_hardening.resilience.load_shedding import LoadSheddingMiddleware, LoadSheddingSettings, Probe, Shedder
+from fastapi_hardening.resilience.load_shedding import (
+    IMPORTANCES,
+    LoadSheddingMiddleware,
+    LoadSheddingSettings,
+    Probe,
+    Shedder,
+)
+from fastapi_hardening.resilience.load_shedding import probe as probing
 
-LOOK = load_shedding._LOOK_SECONDS
+LOOK = probing._LOOK_SECONDS
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -299,13 +305,13 @@ def test_without_memory_only_what_is_critical_is_admitted() -> None:
     """Whatever the queues are."""
     shedder = Shedder(LoadSheddingSettings())
     shedder.exhausted = True
-    assert [shedder.admit(each, 0.0) for each in load_shedding.IMPORTANCES] == [True, False, False]
+    assert [shedder.admit(each, 0.0) for each in IMPORTANCES] == [True, False, False]
     assert shedder.level == 3
 
 
 @given(
     st.lists(st.tuples(st.floats(0, 2), st.floats(0, 5), st.floats(0, 3), st.integers(0, 30)), max_size=60),
-    st.sampled_from(load_shedding.IMPORTANCES),
+    st.sampled_from(IMPORTANCES),
 )
 def test_whatever_happens_the_rate_is_one(steps: list[tuple[float, float, float, int]], importance: Any) -> None:
     """Above its minimum or none, and what is critical is never refused."""
@@ -349,7 +355,7 @@ def test_memory_is_what_cannot_be_given_back(tmp_path: Path) -> None:
 
 def test_the_probe_measures_while_requests_come_and_then_rests(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a real loop: it finds the queue that a flood makes, and stops when nothing comes any more."""
-    monkeypatch.setattr(load_shedding, "_IDLE_LOOKS", 2)
+    monkeypatch.setattr(probing, "_IDLE_LOOKS", 2)
     settings = LoadSheddingSettings(target_seconds=0.001, interval_seconds=0.05)
     shedder, load, events = Shedder(settings), Load(), Events()
     delays: list[float] = []
