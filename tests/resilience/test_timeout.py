@@ -23,7 +23,6 @@ from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.events import RequestRefused
 from fastapi_hardening.core.routes import RouteEntry, table_of
-from fastapi_hardening.resilience import timeout
 from fastapi_hardening.resilience.timeout import (
     AnswerCutOff,
     Bounds,
@@ -32,6 +31,7 @@ from fastapi_hardening.resilience.timeout import (
     TimeoutSettings,
     needs_thread,
 )
+from fastapi_hardening.resilience.timeout import layer as timeout
 
 pytestmark = pytest.mark.anyio
 

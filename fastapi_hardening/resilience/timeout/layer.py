@@ -1,48 +1,29 @@
-"""Answers for a handler that takes too long: 504 if the answer has not begun in time.
-
-It protects clients from waiting for what will not come, and the process from requests that pile up behind one slow
-dependency. It is *not* a limit of streams: once the answer has begun it may last, unless ``total_seconds`` says
-otherwise. Nor does it watch slow clients: the time counts from the last piece of the body, whose speed is a request
-limit.
-
-It sits behind everything that refuses, so that a refused request sets no timer and a 504 says what is left of the
-limits; and above idempotency and the cache, so that whoever waits there for the answer of another request is answered,
-too.
-
-A handler in a thread cannot be stopped. Its client is answered all the same, and the thread keeps its place in the
-pool until it ends. When all places are kept like that, what needs a thread is refused at once.
+"""Ends handlers that take too long and answers for them, and how a route says how long that is.
 
 Example:
     >>> from fastapi import FastAPI
-    >>> from fastapi_hardening import Timeout
-    >>> from fastapi_hardening.resilience.timeout import TimeoutMiddleware, TimeoutSettings
     >>> app = FastAPI()
     >>> app.add_middleware(TimeoutMiddleware, settings=TimeoutSettings(first_byte_seconds=10))
-    >>> @app.get("/report", dependencies=[Timeout(120)])
-    ... async def report() -> None: ...
-    >>> @app.get("/next-event", dependencies=[Timeout(None)])
-    ... async def wait_for_the_next_event() -> None: ...
 """
 
 import asyncio
-import inspect
 import logging
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 
 from anyio.to_thread import current_default_thread_limiter
-from pydantic import BeforeValidator, Field
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock, SystemClock
-from fastapi_hardening.core.configuration import ConcernSettings
 from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.deadlines import DeadlineQueue, Entry
 from fastapi_hardening.core.policy import Override, mark_handled
 from fastapi_hardening.core.problem import IANA, Problem, refuse, retry_after, tell
-from fastapi_hardening.core.routes import RouteEntry, route_of
+from fastapi_hardening.core.routes import route_of
+from fastapi_hardening.resilience.timeout.settings import Bounds, TimeoutSettings
+from fastapi_hardening.resilience.timeout.threads import needs_thread
 
 logger = logging.getLogger("fastapi_hardening.timeout")
 
@@ -54,21 +35,6 @@ _WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS", "DELETE", None})
 _GRACE_SECONDS = 1.0
 # How often is looked whether a thread has ended, and when a client is asked to come back to one.
 _LOOK_SECONDS = 1.0
-
-Seconds = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(lambda value: None if value == "" else value)]
-
-
-class TimeoutSettings(ConcernSettings):
-    """The settings of deadlines; ``None`` (or an empty text) switches one off."""
-
-    first_byte_seconds: Seconds = 30.0
-    """So long may a handler take until its answer begins, from the last piece of the request's body; then 504."""
-
-    total_seconds: Seconds = None
-    """So long may the whole answer take; then the connection is cut. Unset, an answer that has begun may last."""
-
-    report_only: bool = False
-    """Whether a handler that takes too long is only logged and counted."""
 
 
 class DeadlineExceeded(Problem):
@@ -117,32 +83,6 @@ class AnswerCutOff:
     template: str | None
     request_id: str
     seconds: float
-
-
-class Bounds(NamedTuple):
-    """How long an answer may take.
-
-    Attributes:
-        first_byte: Until it begins, in seconds; ``None`` for as long as it likes.
-        total: Until it ends, in seconds; ``None`` for as long as it likes.
-    """
-
-    first_byte: float | None
-    total: float | None
-
-    def at(self, started: float, since: float) -> float | None:
-        """When the time is up before the answer has begun.
-
-        Args:
-            started: When the request arrived, in monotonic seconds.
-            since: When the last piece of its body did.
-        """
-        if self.total is None:
-            return None if self.first_byte is None else since + self.first_byte
-        return started + self.total if self.first_byte is None else min(started + self.total, since + self.first_byte)
-
-
-# --- layer ------------------------------------------------------------------------------------------------------------
 
 
 class TimeoutMiddleware:
@@ -388,26 +328,7 @@ class _Answer:
             self._context.events.emit(event)
 
 
-def needs_thread(entry: RouteEntry) -> bool:
-    """Whether FastAPI runs the endpoint of a route, or one of its dependencies, in a thread."""
-    if entry.dependant is None:
-        return entry.endpoint is not None and entry.kind == "http" and _is_sync(entry.endpoint)
-    return any(_is_sync(call) for call in _calls(entry.dependant))
-
-
-def _calls(dependant: Any) -> list[Any]:
-    return [dependant.call, *(call for child in dependant.dependencies for call in _calls(child))]
-
-
-def _is_sync(call: Any) -> bool:
-    call = inspect.unwrap(call)
-    while hasattr(call, "func"):
-        call = call.func
-    functions = (call, getattr(call, "__call__", None))  # noqa: B004 - the method is looked at, not whether it is one
-    return not any(inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for each in functions)
-
-
-# --- override ---------------------------------------------------------------------------------------------------------
+# --- override -------------------------------------------------------------------------------------------------------
 
 
 class Timeout(Override):
