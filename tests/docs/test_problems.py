@@ -127,6 +127,19 @@ def an_attack(_client: TestClient) -> httpx2.Response:
     return TestClient(app).get("/", params={"q": "1' or '1'='1"})
 
 
+def a_broken_circuit(_client: TestClient) -> httpx2.Response:
+    app = FastAPI()
+    breaker = harden(app, Settings(_env_file=None)).breakers.get("stock")
+    breaker.force_open()
+
+    @app.get("/stock")
+    async def stock() -> None:
+        async with breaker.guard():
+            pass
+
+    return TestClient(app).get("/stock")
+
+
 CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "about-blank": lambda client: client.get("/no-such-page"),
     "validation-failed": lambda client: client.post("/orders", json={"lines": [{"quantity": 0}]}),
@@ -140,6 +153,7 @@ CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "quota-exceeded": too_many,
     "abnormal-usage-detected": a_flood,
     "content-refused": an_attack,
+    "circuit-open": a_broken_circuit,
 }
 
 
