@@ -14,9 +14,11 @@ from fastapi_hardening.core.check import CheckResult, Checks
 from fastapi_hardening.core.client_ip import ClientAddressResolver
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.events import Events
+from fastapi_hardening.core.features import Features
 from fastapi_hardening.core.identity import Authenticator
 from fastapi_hardening.core.keys import AllowList
 from fastapi_hardening.core.lifecycle import Lifecycle
+from fastapi_hardening.core.load import Load
 from fastapi_hardening.core.redis_store import RedisStore
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore, StoreFailed, StoreRecovered
@@ -26,6 +28,7 @@ from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.observability.tracing import Tracing
 from fastapi_hardening.overview import Observability
 from fastapi_hardening.resilience.circuit_breaker import CircuitBreakers
+from fastapi_hardening.resilience.load_shedding import Shedder
 from fastapi_hardening.resilience.retry import Retries
 from fastapi_hardening.security.auth.gate import Gate
 from fastapi_hardening.security.auth.keys import RemoteKeys
@@ -118,6 +121,9 @@ class Hardening:
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
+        load: How much there is to do; add queues of your own.
+        features: Which features are on; switch them off and on by hand here.
+        shedder: Who decides which requests are refused when it is too much.
         client_addresses: Finds the client's address.
         table: The routes of the application and of everything mounted under it.
         clock: Where the time comes from.
@@ -143,6 +149,9 @@ class Hardening:
     store: StateStore
     auth: Gate
     lifecycle: Lifecycle
+    load: Load
+    features: Features
+    shedder: Shedder
     client_addresses: ClientAddressResolver
     table: RouteTable
     clock: Clock
@@ -225,6 +234,19 @@ class Hardening:
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(
             settings.trusted_proxies, forwarded_header=settings.forwarded_header, events=self.events
+        )
+        self.load = Load(self.events)
+        self.shedder = Shedder(settings.load_shedding)
+        degradation = settings.degradation
+        self.features = Features(
+            off=degradation.off if degradation.enabled else (),
+            load=self.load if degradation.enabled and degradation.by_load else None,
+            recovery_seconds=degradation.recovery_seconds,
+            checks=self.checks,
+            store=_shared(self.store),
+            sync_seconds=degradation.sync_seconds,
+            events=self.events,
+            clock=self.clock,
         )
         self.lifecycle = Lifecycle(
             drain_delay_seconds=settings.health.drain_delay_seconds,

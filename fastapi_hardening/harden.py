@@ -45,6 +45,8 @@ from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_g
 from fastapi_hardening.observability.request_context import RequestContextMiddleware
 from fastapi_hardening.observability.tracing import layer as tracing
 from fastapi_hardening.resilience.drain import DrainMiddleware
+from fastapi_hardening.resilience.load_shedding import LoadSheddingMiddleware
+from fastapi_hardening.resilience.timeout import TimeoutMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.auth import openapi as auth_openapi
 from fastapi_hardening.security.auth.layer import AuthenticationMiddleware, check_routes
@@ -89,7 +91,9 @@ INBOUND: tuple[Slot, ...] = (
     Slot("drain", "health", "new connections and, in the end, new requests go elsewhere while the process ends",
          lambda h, app: DrainMiddleware(
              app, lifecycle=h.lifecycle, retry_after_seconds=h.settings.health.retry_after_seconds)),
-    Slot("load shedding", "load_shedding", "503 while overloaded"),
+    Slot("load shedding", "load_shedding", "503 at once while more comes than can be done",
+         lambda h, app: LoadSheddingMiddleware(
+             app, h.settings.load_shedding, shedder=h.shedder, load=h.load, clock=h.clock)),
     Slot("request limits", "request_limits", "line, header fields, host, path, and the body as it is read",
          lambda h, app: RequestLimitsMiddleware(
              app, h.settings.request_limits, allowed_hosts=h.settings.allowed_hosts, clock=h.clock)),
@@ -112,6 +116,8 @@ INBOUND: tuple[Slot, ...] = (
              app, h.settings.rate_limit, clock=h.clock, store=h.store, declared=h.declared_limits, banned=banned(h))),
     Slot("input validation", "input_validation", "looks for attacks in content, and reports or refuses them",
          lambda h, app: InputValidationMiddleware(app, h.settings.input_validation, report=h.validation)),
+    Slot("timeout", "timeout", "504 where a handler has not begun to answer in time",
+         lambda h, app: TimeoutMiddleware(app, h.settings.timeout, clock=h.clock)),
     Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
     Slot("compression", "compression", "compresses answers"),
     Slot("response cache", "response_cache", "answers from memory, after authorisation"),

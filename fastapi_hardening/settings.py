@@ -34,7 +34,10 @@ from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.observability.tracing import TracingSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
 from fastapi_hardening.resilience.circuit_breaker import CircuitBreakersSettings
+from fastapi_hardening.resilience.degradation import DegradationSettings
+from fastapi_hardening.resilience.load_shedding import LoadSheddingSettings
 from fastapi_hardening.resilience.retry import RetriesSettings
+from fastapi_hardening.resilience.timeout import TimeoutSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.auth.settings import AuthSettings
 from fastapi_hardening.security.bans import BansSettings
@@ -161,8 +164,8 @@ class Settings(BaseSettings):
     errors: ErrorsSettings = ErrorsSettings()
     """Error answers."""
 
-    load_shedding: NotBuiltYet = NotBuiltYet()
-    """Refusals under overload; planned."""
+    load_shedding: LoadSheddingSettings = LoadSheddingSettings()
+    """Refusals under overload."""
 
     request_limits: RequestLimitsSettings = RequestLimitsSettings()
     """Limits on the request itself."""
@@ -195,6 +198,9 @@ class Settings(BaseSettings):
     input_validation: InputValidationSettings = InputValidationSettings()
     """Inspection of content."""
 
+    timeout: TimeoutSettings = TimeoutSettings()
+    """Deadlines of handlers."""
+
     idempotency: NotBuiltYet = NotBuiltYet()
     """Replay of repeated requests; planned."""
 
@@ -204,8 +210,8 @@ class Settings(BaseSettings):
     response_cache: NotBuiltYet = NotBuiltYet()
     """Caching of answers; planned."""
 
-    timeout: NotBuiltYet = NotBuiltYet()
-    """Deadlines of handlers; planned."""
+    degradation: DegradationSettings = DegradationSettings()
+    """Features that can be off."""
 
     circuit_breaker: CircuitBreakersSettings = CircuitBreakersSettings()
     """When calls to a service that fails are no longer made."""
