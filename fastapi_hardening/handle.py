@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from prometheus_client import Gauge
 from starlette.types import ASGIApp
 
+from fastapi_hardening.core.cache_levels import CacheMetrics
 from fastapi_hardening.core.charge import Declarations
 from fastapi_hardening.core.check import CheckResult, Checks
 from fastapi_hardening.core.client_ip import ClientAddressResolver
@@ -20,6 +21,7 @@ from fastapi_hardening.core.redis_store import RedisStore
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore, StoreFailed, StoreRecovered
 from fastapi_hardening.observability.metrics import Recorder
+from fastapi_hardening.performance.cache import Cache
 from fastapi_hardening.security.auth.gate import Gate
 from fastapi_hardening.security.auth.keys import RemoteKeys
 from fastapi_hardening.security.auth.overrides import is_open
@@ -98,6 +100,7 @@ class Hardening:
         bans: Who is banned; add and lift bans here.
         allow: Who is never limited nor banned; ``None`` for nobody.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
+        cache: What is slow to make and kept for a while; use it in endpoints.
         auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
         client_addresses: Finds the client's address.
@@ -116,6 +119,7 @@ class Hardening:
     bans: BanList
     allow: AllowList | None
     store: StateStore
+    cache: Cache
     auth: Gate
     lifecycle: Lifecycle
     client_addresses: ClientAddressResolver
@@ -151,6 +155,16 @@ class Hardening:
         self.store = MemoryStore(clock=self.clock)
         if settings.state_url is not None:
             self.store = self._shared_store(settings.state_url.get_secret_value(), clock)
+        self.cache = Cache(
+            settings.cache,
+            store=_shared(self.store),
+            metrics=CacheMetrics(self.metrics.registry),
+            events=self.events,
+            clock=self.clock,
+            service_name=self.service_name,
+        )
+        if not self.cache.levels.only_memory:
+            self.checks.add("cache", self.cache.check, critical=False)
         self.auth = Gate(
             settings.auth,
             authenticators,

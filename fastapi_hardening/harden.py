@@ -185,6 +185,7 @@ def harden(
                     handle.lifecycle.finish("lifespan")
                     yield state
             finally:
+                await handle.cache.close()
                 await handle.store.close()
 
     route(app, handle)

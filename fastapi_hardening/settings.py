@@ -29,6 +29,7 @@ from fastapi_hardening.observability.access_log import AccessLogSettings
 from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
+from fastapi_hardening.performance.cache import CacheSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.auth.settings import AuthSettings
@@ -197,6 +198,9 @@ class Settings(BaseSettings):
 
     response_cache: NotBuiltYet = NotBuiltYet()
     """Caching of answers; planned."""
+
+    cache: CacheSettings = CacheSettings()
+    """What is slow to make and kept for a while."""
 
     timeout: NotBuiltYet = NotBuiltYet()
     """Deadlines of handlers; planned."""
