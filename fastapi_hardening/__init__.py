@@ -15,6 +15,7 @@ from fastapi_hardening.handle import Hardening
 from fastapi_hardening.harden import harden
 from fastapi_hardening.observability.access_log import configure_logging
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
+from fastapi_hardening.performance.response_cache import CacheResponse
 from fastapi_hardening.security.auth.overrides import (
     Authorize,
     CurrentUser,
@@ -35,6 +36,7 @@ from fastapi_hardening.settings import Settings
 
 __all__ = [
     "Authorize",
+    "CacheResponse",
     "CheckResult",
     "ConfigurationError",
     "Cors",

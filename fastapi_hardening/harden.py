@@ -42,6 +42,7 @@ from fastapi_hardening.observability.access_log import AccessLogMiddleware
 from fastapi_hardening.observability.health import HealthMiddleware, details_guard
 from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_guard
 from fastapi_hardening.observability.request_context import RequestContextMiddleware
+from fastapi_hardening.performance.response_cache import ResponseCacheMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.auth import openapi as auth_openapi
@@ -112,7 +113,9 @@ INBOUND: tuple[Slot, ...] = (
          lambda h, app: InputValidationMiddleware(app, h.settings.input_validation, report=h.validation)),
     Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
     Slot("compression", "compression", "compresses answers"),
-    Slot("response cache", "response_cache", "answers from memory, after authorisation"),
+    Slot("response cache", "response_cache", "answers from memory, after authorisation",
+         lambda h, app: ResponseCacheMiddleware(
+             app, h.settings.response_cache, levels=h.cache.levels, clock=h.clock)),
 )  # fmt: skip
 
 

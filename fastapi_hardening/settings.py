@@ -31,6 +31,7 @@ from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.performance.cache import CacheSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
+from fastapi_hardening.performance.response_cache import ResponseCacheSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.auth.settings import AuthSettings
 from fastapi_hardening.security.bans import BansSettings
@@ -196,8 +197,8 @@ class Settings(BaseSettings):
     compression: NotBuiltYet = NotBuiltYet()
     """Compression of answers; planned."""
 
-    response_cache: NotBuiltYet = NotBuiltYet()
-    """Caching of answers; planned."""
+    response_cache: ResponseCacheSettings = ResponseCacheSettings()
+    """Answers that are kept, on the routes that say so."""
 
     cache: CacheSettings = CacheSettings()
     """What is slow to make and kept for a while."""

@@ -13,6 +13,7 @@ OPTIONAL = ("redis", "httpx2", "argon2", "itsdangerous", "nh3", "rich", "fastapi
 
 PUBLIC = [
     "Authorize",
+    "CacheResponse",
     "CheckResult",
     "ConfigurationError",
     "Cors",

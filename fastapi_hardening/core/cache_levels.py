@@ -40,7 +40,7 @@ Tags = tuple[tuple[str, str], ...]
 _FRAME = struct.Struct(">4sIdddd?I")
 _MARK = b"fhc1"
 _PLAIN_KEY = 120
-_MOST_TAGS = 50_000
+_MOST_TAGS = 100_000
 _MOST_OWED = 10_000
 _TAG_SECONDS = 30 * 86_400.0
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.5, 30.0
@@ -159,6 +159,12 @@ class CacheMetrics:
         )
         self.computations = Counter(
             "hardening_cache_computations", "Values that were made, by outcome.", ("outcome",), registry=registry
+        )
+        self.responses = Counter(
+            "hardening_response_cache",
+            "Requests on routes whose answers are kept, by what came of them.",
+            ("outcome",),
+            registry=registry,
         )
         self.evictions = Counter(
             "hardening_cache_evictions", "Entries that memory dropped for want of room.", registry=registry
@@ -333,6 +339,12 @@ class CacheLevels:
             except StoreUnavailable:
                 # An older entry that is there must not come back.
                 self._owe(level, address, None)
+
+    def keep(self, key: str, entry: CacheEntry) -> None:
+        """Keeps an entry in memory at once; :meth:`put` brings it to the other levels."""
+        entry.copied_at = now = self._now()
+        if entry.keep_until > now:
+            self._keep(key, entry)
 
     async def delete(self, key: str) -> None:
         """Forgets a key on every level."""
