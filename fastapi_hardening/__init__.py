@@ -7,6 +7,7 @@ Example:
     >>> handle = harden(app)
 """
 
+from fastapi_hardening.api.idempotency import Idempotent
 from fastapi_hardening.core.check import CheckResult
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.identity import Principal
@@ -44,6 +45,7 @@ __all__ = [
     "CurrentRequest",
     "CurrentUser",
     "Hardening",
+    "Idempotent",
     "InputPolicy",
     "OptionalUser",
     "Principal",

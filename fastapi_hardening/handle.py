@@ -157,7 +157,7 @@ class Hardening:
             self.store = self._shared_store(settings.state_url.get_secret_value(), clock)
         self.cache = Cache(
             settings.cache,
-            store=_shared(self.store),
+            store=shared(self.store),
             metrics=CacheMetrics(self.metrics.registry),
             events=self.events,
             clock=self.clock,
@@ -179,7 +179,7 @@ class Hardening:
             allow=self.allow,
             events=self.events,
             clock=self.clock,
-            store=_shared(self.store),
+            store=shared(self.store),
         )
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(
@@ -239,7 +239,7 @@ class Hardening:
         return CheckResult("warn", f"{proxy} sends forwarding headers; if it is your proxy, add it to trusted_proxies")
 
 
-def _shared(store: StateStore) -> StateStore | None:
+def shared(store: StateStore) -> StateStore | None:
     """The store, if other processes see it too."""
     return None if isinstance(store, MemoryStore) else store
 

@@ -18,12 +18,13 @@ from fastapi import FastAPI
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastapi_hardening.api import errors
+from fastapi_hardening.api import errors, idempotency
+from fastapi_hardening.api.idempotency import IdempotencyMiddleware
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.identity import Authenticator
-from fastapi_hardening.handle import Hardening, Slot
+from fastapi_hardening.handle import Hardening, Slot, shared
 from fastapi_hardening.introductions import (
     adopt_slowapi,
     adopting,
@@ -111,7 +112,9 @@ INBOUND: tuple[Slot, ...] = (
              app, h.settings.rate_limit, clock=h.clock, store=h.store, declared=h.declared_limits, banned=banned(h))),
     Slot("input validation", "input_validation", "looks for attacks in content, and reports or refuses them",
          lambda h, app: InputValidationMiddleware(app, h.settings.input_validation, report=h.validation)),
-    Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
+    Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation",
+         lambda h, app: IdempotencyMiddleware(
+             app, h.settings.idempotency, store=shared(h.store), events=h.events, clock=h.clock)),
     Slot("compression", "compression", "compresses answers"),
     Slot("response cache", "response_cache", "answers from memory, after authorisation",
          lambda h, app: ResponseCacheMiddleware(
@@ -197,6 +200,8 @@ def harden(
     if handle.settings.errors.enabled and handle.settings.errors.format == "problem":
         errors.describe(app)  # now, for a document that is exported without serving; again when the stack is built
     auth_openapi.describe(app, handle.auth)
+    if handle.settings.idempotency.enabled:
+        idempotency.describe(app)
     introduce(handle)
     for key in handle.settings.without_effect():
         logger.warning("%s is set, but this concern is not built yet, so it has no effect", key)

@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from fastapi_hardening.api.docs_pages import DocsPagesSettings
 from fastapi_hardening.api.errors import ErrorsSettings
+from fastapi_hardening.api.idempotency import IdempotencySettings
 from fastapi_hardening.core.client_ip import UNIX, parse_network
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
 from fastapi_hardening.core.redis_address import read_address
@@ -191,8 +192,8 @@ class Settings(BaseSettings):
     input_validation: InputValidationSettings = InputValidationSettings()
     """Inspection of content."""
 
-    idempotency: NotBuiltYet = NotBuiltYet()
-    """Replay of repeated requests; planned."""
+    idempotency: IdempotencySettings = IdempotencySettings()
+    """Requests that are sent twice and carried out once, on the routes that say so."""
 
     compression: NotBuiltYet = NotBuiltYet()
     """Compression of answers; planned."""

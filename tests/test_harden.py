@@ -69,6 +69,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "AuthenticationMiddleware",
         "RateLimitMiddleware",
         "InputValidationMiddleware",
+        "IdempotencyMiddleware",
         "ResponseCacheMiddleware",
     ]
     on = [layer.name for layer in handle.pipeline if layer.state == "on"]
@@ -87,6 +88,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "authentication",
         "rate limit",
         "input validation",
+        "idempotency",
         "response cache",
     ]
 

@@ -21,6 +21,7 @@ PUBLIC = [
     "CurrentRequest",
     "CurrentUser",
     "Hardening",
+    "Idempotent",
     "InputPolicy",
     "OptionalUser",
     "Principal",

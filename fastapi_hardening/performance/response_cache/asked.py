@@ -6,18 +6,16 @@ one that makes another request of it, such as ``X-Original-URL``, is never answe
 """
 
 import hashlib
-import inspect
 import logging
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from fastapi.security.base import SecurityBase
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from fastapi_hardening.core.context import RequestContext
+from fastapi_hardening.core.credentials import has_unknown_scheme, sounds_like_credentials
 from fastapi_hardening.core.headers import RawHeaders
 from fastapi_hardening.core.identity import Principal
 from fastapi_hardening.core.policy import Override, Overrides, all_handled, refusing
@@ -30,12 +28,6 @@ Per = Literal["anonymous", "everybody", "principal"]
 _MOST_PLANS = 10_000
 _MOST_NAMES = 1_000
 
-# A field of the request that may say who calls, whatever it is called. What browsers always send is none.
-_CREDENTIAL = re.compile(
-    rb"auth|cookie|token|api-?key|session|secret|credential|signature|password|jwt|user|tenant|account|identity|"
-    rb"client-cert|ssl-client|remote-"
-)
-_NO_CREDENTIAL = re.compile(rb"user-agent\Z|sec-|access-control-|upgrade-")
 # Fields that say how the application is reached; frameworks build addresses of them, so answers may hold them.
 _IN_KEY = frozenset(
     {b"host", b"forwarded", b"x-forwarded-host", b"x-forwarded-proto", b"x-forwarded-port", b"x-forwarded-prefix"}
@@ -169,7 +161,7 @@ class Desk:
         override: Any = overrides[-1]  # the innermost counts
         if override.ttl_seconds == 0:
             return None
-        if _knows_callers(entry.dependant):
+        if has_unknown_scheme(entry.dependant):
             logger.warning(
                 "answers of %s are not kept: it has a security scheme of FastAPI, and what that decides is not known",
                 entry.template,
@@ -231,8 +223,7 @@ class Desk:
 
     def _kind(self, name: bytes) -> str:
         """What a field means for the cache, by its name."""
-        sounds = _CREDENTIAL.search(name) is not None and _NO_CREDENTIAL.match(name) is None
-        kind = "credential" if sounds else "other"
+        kind = "credential" if sounds_like_credentials(name) else "other"
         if len(self._kinds) < _MOST_NAMES:
             self._kinds[name] = kind
         return kind
@@ -250,13 +241,3 @@ def _who(principal: Any) -> str | None:
     sets = [sorted(each) for each in (principal.scopes, principal.roles, principal.permissions)]
     tenants = sorted((tenant, sorted(roles)) for tenant, roles in principal.tenant_roles.items())
     return repr((principal.scheme, principal.issuer, principal.id, principal.tenant, sets, tenants))
-
-
-def _knows_callers(dependant: Any) -> bool:
-    """Whether a security scheme of FastAPI is among the dependencies."""
-    if dependant is None:
-        return False
-    call = getattr(dependant, "call", None)
-    return isinstance(inspect.unwrap(call) if callable(call) else call, SecurityBase) or any(
-        map(_knows_callers, dependant.dependencies)
-    )
