@@ -43,6 +43,7 @@ from fastapi_hardening.observability.access_log import AccessLogMiddleware
 from fastapi_hardening.observability.health import HealthMiddleware, details_guard
 from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_guard
 from fastapi_hardening.observability.request_context import RequestContextMiddleware
+from fastapi_hardening.performance.compression import CompressionMiddleware
 from fastapi_hardening.performance.response_cache import ResponseCacheMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
@@ -115,7 +116,8 @@ INBOUND: tuple[Slot, ...] = (
     Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation",
          lambda h, app: IdempotencyMiddleware(
              app, h.settings.idempotency, store=shared(h.store), events=h.events, clock=h.clock)),
-    Slot("compression", "compression", "compresses answers"),
+    Slot("compression", "compression", "compresses answers",
+         lambda h, app: CompressionMiddleware(app, h.settings.compression)),
     Slot("response cache", "response_cache", "answers from memory, after authorisation",
          lambda h, app: ResponseCacheMiddleware(
              app, h.settings.response_cache, levels=h.cache.levels, clock=h.clock)),

@@ -31,6 +31,7 @@ from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.performance.cache import CacheSettings
+from fastapi_hardening.performance.compression import CompressionSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
 from fastapi_hardening.performance.response_cache import ResponseCacheSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
@@ -195,8 +196,8 @@ class Settings(BaseSettings):
     idempotency: IdempotencySettings = IdempotencySettings()
     """Requests that are sent twice and carried out once, on the routes that say so."""
 
-    compression: NotBuiltYet = NotBuiltYet()
-    """Compression of answers; planned."""
+    compression: CompressionSettings = CompressionSettings()
+    """Compression of answers."""
 
     response_cache: ResponseCacheSettings = ResponseCacheSettings()
     """Answers that are kept, on the routes that say so."""

@@ -466,6 +466,8 @@ class _Work:
                 self._parts = None  # such as a file that the server sends itself
             await send(message)
 
+        # Who sends it again may take other codings, so the answer is kept, and sent, as it is.
+        scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]
         completed = False
         try:
             await app(scope, receive_and_digest, send_and_keep)

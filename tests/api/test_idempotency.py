@@ -154,6 +154,16 @@ def test_the_second_request_has_the_answer_of_the_first(bank: Bank) -> None:
     assert event.template == "/payments"
 
 
+def test_an_answer_is_kept_in_no_coding() -> None:
+    """Who sends the request again may not take what the first client took."""
+    bank = Bank(compression={"enabled": True})
+    bank.response = lambda: PlainTextResponse("paid " * 1000)
+    for coding in ("gzip", "identity"):
+        answer = bank.post(accept_encoding=coding)
+        assert "content-encoding" not in answer.headers
+        assert answer.text == "paid " * 1000
+
+
 def test_an_answer_is_kept_for_a_day(bank: Bank) -> None:
     """Then the key is free; a route may have another time."""
     bank.post()
