@@ -21,6 +21,7 @@ from fastapi_hardening.core.routes import RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening
 from fastapi_hardening.observability.request_context import ContextMaker
+from fastapi_hardening.performance import batcher
 from fastapi_hardening.performance.fast_routing import FastRouting
 from fastapi_hardening.security import csp_reports, security_txt, slowapi_limits
 from fastapi_hardening.security.auth import openapi as auth_openapi
@@ -40,6 +41,7 @@ logger = logging.getLogger("fastapi_hardening")
 def introduce(handle: Hardening) -> None:
     """Has concerns that know nothing of metrics and health counted and checked."""
     settings = handle.settings
+    batcher.measure(handle.metrics.registry, handle.events)
     if settings.csp_reports.enabled:
         csp_reports.measure(handle.metrics.registry, handle.events)
     if settings.security_txt.enabled:
