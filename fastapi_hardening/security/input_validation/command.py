@@ -30,7 +30,7 @@ _STRONG = (
     "whois|tcpdump|nmap|"
     "sudo|passwd|unlink|rmdir|mkdir|setfacl|iptables|mysql|psql|sqlite3|zcat|tac|od|xargs|sysctl|sh|fping|"
     "hping3|ping6?|"
-    "getcap|rbash|setsid|stdbuf|unzip|gzip|gunzip|bzip2|mysqldump|iconv|nsenter|chroot|docker|kubectl|"
+    "iwr|irm|getcap|rbash|setsid|stdbuf|unzip|gzip|gunzip|bzip2|mysqldump|iconv|nsenter|chroot|docker|kubectl|"
     "pkill|killall|dir\\s{1,3}[a-z]:|echo|expr|set\\s/a|net\\s{1,3}(?:user|localgroup|group|view|use|"
     "start|share|stat)|(?:ba|z|k|da)?sh\\s{1,3}-c|usleep|lastlog|dpkg|nltest|ipcs|strace|gdb|calc\\.exe|notepad\\.exe|"
     "get-(?:childitem|process|content|wmiobject|service)|invoke-(?:webrequest|command|expression|restmethod)|"
@@ -53,7 +53,7 @@ _OPTION = r"(?:-{1,2}[a-z0-9]|/[a-z?]{1,3}(?:\s|$)|\+%)"
 _SHELL_ARGUMENT = (
     r"(?:" + _OPTION + r"|[~.]{0,2}/|\\\\|[a-z]:[\\/]|\$|`|[\"'][^\"']{0,80}[\"']|[\"']|>|<|\*|\?\?|\{|"
     r"%\w{1,30}%|https?:|ftp:|\d{1,3}\.\d|0x|\d{1,12}\s{0,3}(?:[;|&`)#]|$)|"
-    r"localhost|[\w-]{1,40}\.(?:com|net|org|ru|io|txt|php|sh|py|exe|ini|log|conf|html?|js|bat|ps1|me|site|"
+    r"\.{1,2}(?:\s|$)|\w{1,8}=[/~$]|localhost|[\w-]{1,40}\.(?:com|net|org|ru|io|txt|php|sh|py|exe|ini|log|conf|html?|js|bat|ps1|me|site|"
     r"xyz|example)\b|\S{1,80}\s{0,3}[;|&`)]|"
     r"[\w.+-]{1,40}@|&\d|/dev/|@|passwd|etc\b)"
 )
@@ -89,6 +89,11 @@ def _kind_of(word: str) -> str:
     if _STRONG_WORD.match(word):
         return "strong"
     return "weak" if _WEAK_WORD.match(word) else ""
+
+
+def is_command(word: str) -> bool:
+    """Whether a word, in lower case, is a command, be it that it is a word of a language, too."""
+    return bool(word and _kind_of(word))
 
 
 _WITH_PATH = Pattern(
@@ -130,15 +135,11 @@ _UNMISTAKABLE = Pattern(
     r"cat\s{1,4}(?:`|<|[\w./-]{0,60}\*[\w.]{0,20}\s{0,4}$)|"
     r"(?:\$0|[a-z][\w.]{1,11})\s{0,2}(?<!<)<<<(?!<)\s{0,3}\S)"
 )
-# Something that is piped into a shell, or that a shell reads or writes by itself.
-_INTO_SHELL = Pattern(
-    r"\|\s{0,4}(?:sudo\s{1,4})?(?:/[\w/]{1,20}/)?(?:ba|z|k|da)?sh(?:\s{1,4}-\w{0,4})?[\s\"'`;)]{0,6}$|"
-    r"(?:\$\(|`)\s{0,3}<\s{0,3}(?:[/~]|\.{1,2}/)|^\s{0,4}[;|&]?\s{0,3}[012&]?(?:>{1,2}|<)\s{0,3}/(?:tmp|etc|var|dev|home|root|proc)/|"
-    r"(?:^|[;|&`\n])\s{0,4}\.\s{1,4}/(?:etc|home|root|tmp|proc)/"
-)
-_SLICE = Pattern(r"\$\{[a-z_]\w{0,20}(?::\d{1,3}:\d{1,3}|%%?[^}\s]{1,20}|//[^}\s]{1,30}/)\}")
 _ASSIGNMENTS = Pattern(r"(?:[a-z_]\w{0,15}=[^\s;&|]{0,60};\s{0,3}){2,40}\$\{?[a-z_]\w{0,15}\}?\s{0,3}[$/;|]?")
-_SHELL = Pattern(r"\s{0,4}(?:/(?:usr/)?bin/)?(?:ba|z|k|da)?sh\s{1,4}-[a-z]{0,3}c\s{1,4}\S")
+_SHELL = Pattern(
+    r"\s{0,4}(?:(?:time|strace|nohup|env|exec|busybox|sudo|xargs)\s{1,4})?(?:\$\{?shell\}?|(?:/(?:usr/)?bin/)?(?:ba|z|k|da)?sh)"
+    r"\s{1,4}-[a-z]{0,3}c\s{1,4}\S"
+)
 _OPTIONS_ONLY = Pattern(
     rf"\s{{0,4}}{_PATHS}(?:{_STRONG})(?:\s{{1,4}}-[\w]{{1,8}}){{1,4}}\s{{0,4}}$|"
     rf"\s{{0,4}}/(?:usr/)?(?:local/)?s?bin/(?:(?:id|ls|ps|cat|whoami|uname|netstat|ifconfig|hostname|"
@@ -147,34 +148,128 @@ _OPTIONS_ONLY = Pattern(
 _ONLY = Pattern(
     rf"[\s\"'({{<^]{{0,4}}(?:{_STRONG}|id|ps|dir)\s{{0,3}}[;|&]{{1,2}}\s{{0,3}}$|"
     rf"[\s\"'(]{{0,4}}[<^]{{1,2}}\s{{0,3}}(?:whoami|id|ls|uname|ifconfig|ipconfig|netstat)\s{{0,3}}(?:[;|&]{{1,2}}|\\n)?\s{{0,3}}$|"
-    rf"\s{{0,4}}(?:which|type|man|sudo)\s{{1,3}}(?:{_STRONG})\s{{0,4}}$"
+    rf"\s{{0,4}}(?:which|type|man|sudo|doas|time|strace|ltrace|nohup|env|nice|exec|busybox|setsid|xargs)\s{{1,3}}"
+    rf"(?:{_STRONG})\s{{0,4}}(?:-{{1,2}}\w[^\n]{{0,80}})?$"
 )
 _ALONE = Pattern(rf"[\s;|&]{{0,4}}(?:{_STRONG}|id)\W{{0,4}}$")
-_GLOB = Pattern(
-    r"(?:^|[\s;|&<])/(?:[\w*-]{0,20}(?:\?|"
-    r"\[[\w/?^-]{1,6}\])[\w?*\[\]/-]{0,20}/[\w?*\[\]-]{1,20}|[\w?*-]{1,20}/[\w*-]{0,20}\?[\w?*]{1,20})(?=$|"
-    r"[\s;|&/])"
+# What only a shell has, wherever it stands: what has to be in the text for a look to be worth it (of each set one), and
+# the pattern.
+_ANYWHERE: tuple[tuple[str, tuple[tuple[str, ...], ...], Pattern], ...] = tuple(
+    (name, needed, Pattern(pattern))
+    for name, needed, pattern in (
+        ("device", (("dev/",),), r"/dev/(?:tcp|udp)/[\w.-]{1,80}/\d"),
+        (
+            "glob",
+            (("?", "["), ("/",)),
+            (
+                r"(?:^|[\s;|&<])/(?:[\w*-]{0,20}(?:\?|\[[\w/?^-]{1,6}\])[\w?*\[\]/-]{0,20}/[\w?*\[\]-]{1,20}|"
+                r"[\w?*-]{1,20}/[\w*-]{0,20}\?[\w?*]{1,20})(?=$|[\s;|&/])"
+            ),
+        ),
+        (
+            "glob",
+            (("[",), ("]",), ("/",)),
+            (
+                r"(?:^|[\s;|&])(?:cat|ls|ll|nl|tac|head|tail|more|less|cp|mv|rm|find|grep|curl|php|python3?)\s{1,3}"
+                r"(?:-\w{1,8}\s{1,3})?/[\w/.*-]{0,30}\[[\w/^-]{1,16}\][\w/.*-]"
+            ),
+        ),
+        # Batch files.
+        (
+            "script",
+            (("for",), ("%",), (" in", ")in")),
+            (
+                r"\bfor\s{1,20}(?:/[a-z]\s{1,9}){0,3}(?:(?:\"[^\"]{0,40}\"|[a-z]:\S{1,60})\s{1,9})?"
+                r"%{1,2}[^\s%]{1,12}\s{1,9}in\s{0,9}\("
+            ),
+        ),
+        (
+            "script",
+            (("if",), ("%", ":\\")),
+            (
+                r"\bif\s{1,20}(?:/i\s{1,4})?(?:not\s{1,4})?(?:[\[\"({x]?%[\w~]{1,20}%?[\]\"})]?\s{0,4}(?:==|"
+                r"(?:equ|neq|lss|leq|gtr|geq)\b)|exist\s{1,4}[\"(]?[a-z]:\\|%\w{1,30}%\s|\"%\w{1,30}%\")"
+            ),
+        ),
+        # Bourne shells.
+        (
+            "script",
+            (("; do", ";do", "; then", ";then", ";  "),),
+            (
+                r"(?:^|[;&|\n])\s{0,4}(?:while|until|for|if)\s[^;\n]{1,120};\s{0,4}(?:do|then)\s[^\n]{1,200};\s{0,4}"
+                r"(?:done|fi)\b|[;&|]\s{0,4}(?:if|while|until|for)\s[^;\n]{1,120};\s{0,4}(?:then|do)\b"
+            ),
+        ),
+        (
+            "script",
+            (("(){", "() {", "()  {"), ("|", "&")),
+            (
+                r"(?:^|\W)(\w{1,12}|:)\s?\(\)\s{0,2}\{\s{0,3}(?:\1(?:\(\))?\s{0,3}[|&](?![|&])|"
+                r"[^}\n]{0,30}\|[^}\n]{0,30}&\s{0,4};?\s{0,4}\})"
+            ),
+        ),
+        (
+            "redirection",
+            (("|",), ("sh",)),
+            r"\|\s{0,4}(?:sudo\s{1,4})?(?:/[\w/]{1,20}/)?(?:ba|z|k|da)?sh(?:\s{1,4}-\w{0,4})?[\s\"'`;)]{0,6}$",
+        ),
+        ("redirection", (("$(", "`"), ("<",)), r"(?:\$\(|`)\s{0,3}<\s{0,3}(?:[/~]|\.{1,2}/)"),
+        ("redirection", ((". /", ".  /"),), r"(?:^|[;|&`\n])\s{0,4}\.\s{1,4}/(?:etc|home|root|tmp|proc)/"),
+        ("variable", (("${",),), r"\$\{[a-z_]\w{0,20}(?::\d{1,3}:\d{1,3}|%%?[^}\s]{1,20}|//[^}\s]{1,30}/)\}"),
+        (
+            "shellshock",
+            (("(",), ("};", "} ;", "}  ;", ">_")),
+            r"(?:^\s{0,4}|[\s\"'=:])\(\s{0,4}\)\s{0,4}\{\s{0,4}[:_x]?\s{0,4};[^}]{0,40}\}\s{0,4}(?:;|>_)",
+        ),
+        # The shell of SQLite takes lines that begin with a full stop.
+        (
+            "line",
+            ((".",), (";", "\n")),
+            r"[;\n]\s{0,4}\.\s{0,2}\\?[\"']?(?:shell|system|sh|databases|load|import|once|output|read|restore)\b",
+        ),
+    )
 )
-_BATCH = Pattern(
-    r"\bfor\s{1,20}(?:/[a-z]\s{1,9}){0,3}(?:(?:\"[^\"]{0,40}\"|[a-z]:\S{1,60})\s{1,9})?%{1,2}[^\s%]{1,12}\s{1,9}in\s{0,9}\(|"
-    r"\bif\s{1,20}(?:/i\s{1,4})?(?:not\s{1,4})?[\[\"({x]?%[\w~]{1,20}%?[\]\"})]?\s{0,4}(?:==|(?:equ|neq|lss|leq|gtr|geq)\b)|"
-    r"(?:^|[;&|\n])\s{0,4}(?:while|until|for|if)\s[^;\n]{1,120};\s{0,4}(?:do|then)\s[^\n]{1,200};\s{0,4}(?:done|fi)\b|"
-    r"\bif\s{1,9}(?:/i\s{1,4})?(?:not\s{1,4})?(?:exist\s{1,4}[\"(]?[a-z]:\\|%\w{1,30}%\s|"
-    r"\"%\w{1,30}%\")|"
-    r"[;&|]\s{0,4}(?:if|while|until|for)\s[^;\n]{1,120};\s{0,4}(?:then|do)\b|"
-    r"\w{0,8}:?\s?\(\)\s{0,4}\{\s{0,4}[^}\n]{0,30}\|[^}\n]{0,30}&\s{0,4};?\s{0,4}\}|"
-    r"^\s{0,4}\{(?:,[\w./-]{1,40}(?:,[\w./:-]{0,40}){0,6}|[a-z]{1,20},)\}\s{0,4}$"
+# The same at the start of a value, where one of these is within its first characters.
+_START_LENGTH = 12
+_AT_START: tuple[tuple[str, tuple[str, ...], Pattern], ...] = tuple(
+    (name, signs, Pattern(pattern))
+    for name, signs, pattern in (
+        (
+            "script",
+            ("if",),
+            (
+                r"\W{0,3}if(?:\s{1,9}|(?=/))(?:/i\s{1,9})?(?:not\s{1,9})?(?:(?:defined\s{1,9}\S{1,40}|"
+                r"errorlevel\s{1,9}\d{1,3}|cmdextversion\s{1,9}\d|exist\s{1,9}\S{1,80}|\S{1,60}={2,3}\S{1,60}|"
+                r"\S{1,40}\s{1,9}(?:equ|neq|lss|leq|gtr|geq)\s{1,9}\S{1,40})"
+                r"\s{1,9}(?:\(|(?:cmd|echo|set|call|goto|del|start|type|copy|exit)\b))"
+            ),
+        ),
+        ("script", ("{",), r"\s{0,4}\{(?:,[\w./-]{1,40}(?:,[\w./:-]{0,40}){0,6}|[a-z]{1,20},)\}\s{0,4}$"),
+        ("script", ("{",), r"\s{0,4}\{[\w/?*.]{1,40}(?:,-\w{1,10}[^{}\s]{0,60}|,)\}\w{0,4}\s{0,4}$"),
+        ("script", ("{",), r"\s{0,4}\{[\w/*.]{0,20}\?[\w/?*.]{0,40},\}?\w{0,4}\s{0,4}"),
+        ("shellshock", ("(",), r"\s{0,4}\(\)\s{0,4}\{[^}]{0,60}\}\s{0,4};"),
+        (
+            "redirection",
+            ("<", ">"),
+            r"\s{0,4}[;|&]?\s{0,3}[012&]?(?:>{1,2}|<)\s{0,3}/(?:tmp|etc|var|dev|home|root|proc)/",
+        ),
+        (
+            "line",
+            (";", "|", "&"),
+            (
+                r"\s{0,4}[;|&]{1,2}\s{0,3}[\"']?[a-z][\w.-]{1,20}[\"']?"
+                r"(?:\s{1,3}-{1,2}[a-z][\w-]{0,20}(?:\s|=|$)|\s{1,3}\(\s?(?:iwr|irm|new-object))"
+            ),
+        ),
+        ("line", ("alias",), r"\W{0,3}alias\s{1,3}(?:[+-]\w{1,2}\s{1,3})?[\"']?[\w.]{1,30}[\"']?=\S"),
+    )
 )
-_DEVICE = Pattern(r"/dev/(?:tcp|udp)/[\w.-]{1,80}/\d")
+
+
 _SENSITIVE = Pattern(
     r"/etc/(?:passwd|shadow|hosts|group|issue)|c:[\\/]{1,2}(?:windows|winnt|boot\.ini|"
     r"inetpub)|win\.ini|boot\.ini|/dev/(?:tcp|udp)/|/proc/self|\|\s{0,3}(?:ba|z|k|da)?sh\b|-e\s{1,3}/bin/|"
     r"rm\s{1,3}-\w{0,3}[rf]"
-)
-_SHELLSHOCK = Pattern(
-    r"(?:^\s{0,4}|"
-    r"[\s\"'=:])\(\s{0,4}\)\s{0,4}\{\s{0,4}[:_x]?\s{0,4};[^}]{0,40}\}\s{0,4}(?:;|>_)|"
-    r"^\s{0,4}\(\)\s{0,4}\{[^}]{0,60}\}\s{0,4};"
 )
 _VARIABLE = Pattern(
     r"(?:^|[\s;|&`])([a-z_]\w{0,15})=(?:\$?\\?['\"][^'\"\n]{0,60}['\"]|[^\s;&|"
@@ -184,7 +279,7 @@ _CODE = Pattern(
     r"(?:\b(?:system|passthru|shell_exec|popen|proc_open|pcntl_exec|assert|create_function|call_user_func|"
     r"backticks?)\s{0,3}\(\s{0,3}"
     r"(?:['\"`$]|base64_decode|chr\(|getenv|/|(?:cat|ls|id|dir|whoami|sleep|ping|echo|wget|curl|nc|uname)\b)"
-    r"|\b(?:os\.(?:system|popen|exec\w{0,3}|spawn\w{0,4})|subprocess\.\w{2,12}|commands\.getoutput|"
+    r"|(?<![.\w])exec\s{0,3}\(\s{0,3}['\"]|\b(?:os\.(?:system|popen|exec\w{0,3}|spawn\w{0,4})|subprocess\.\w{2,12}|commands\.getoutput|"
     r"pty\.spawn)\s{0,3}\("
     r"|\bkernel\.(?:exec|system|spawn)\s{0,3}\(|%x\(\s{0,3}['\"]"
     r"|__import__\s{0,3}\(|require\s{0,3}\(?\s{0,3}['\"]child_process|process\.mainmodule|"
@@ -200,7 +295,7 @@ _OPEN_TAG = Pattern(
 )
 
 _QUOTES_IN_WORD = Pattern(
-    r"(?<=[\w/])(?:''|\"\"|\\(?=[a-z/])|\$@|\$\*|\$\{@\}|\^)(?=[\w/])|\$\(\)|"
+    r"(?<=[\w/])(?:''|\"\"|\\(?=[a-z/])|\$[-_@*!?#]|\$\{[@*]\}|\$[a-z](?![a-z{(\d])|\$[a-z](?=\\)|\^)(?=[\w/+\\,-])|\$\(\)|"
     r"(?<=[\w/;|&\s])\\\n(?=\w)"
 )
 _QUOTED_WORD = Pattern(
@@ -216,24 +311,6 @@ _CODE_WORDS = (
     "phpinfo", "$_", "md5", "invoke-", "iex", "new-object", "frombase64", "call_user", "create_function", "getoutput",
     "pty.", "backtick", "kernel.", "%x(", "processbuilder", "proc_open",
 )  # fmt: skip
-_BATCH_SIGNS = (
-    " in(",
-    " in ",
-    "==",
-    "if ",
-    "exist",
-    "{,",
-    ",}",
-    "() {",
-    "(){",
-    "; do",
-    ";do",
-    "; then",
-    ";then",
-    '%"',
-    "% ",
-    "%  ",
-)
 _SIGNS = (
     ";", "|", "&", "\n", "`", "$", "\\", "<(", "\r", "/", "-", "(", "<?", "<%", ":", "\\n", "{,", ",}", "^", "''", '""',
     "<", "%",
@@ -325,21 +402,16 @@ def _separated(text: str) -> Iterator[tuple[str, int]]:
 
 
 def _by_themselves(text: str) -> Iterator[tuple[str, int]]:
-    """What only a shell has, wherever it stands."""
+    """What only a shell has."""
     if "`" in text and _TICKS.match(text):
         yield "substitution", CERTAIN
-    if "dev/" in text and _DEVICE.search(text):
-        yield "device", CERTAIN
-    if ("?" in text or "[" in text) and "/" in text and _GLOB.search(text):
-        yield "glob", CERTAIN
-    if any(sign in text for sign in _BATCH_SIGNS) and _BATCH.search(text):
-        yield "script", CERTAIN
-    if ("|" in text or "<" in text or ">" in text or ". /" in text) and _INTO_SHELL.search(text):
-        yield "redirection", CERTAIN
-    if "${" in text and _SLICE.search(text):
-        yield "variable", CERTAIN
-    if "{" in text and _SHELLSHOCK.search(text):
-        yield "shellshock", CERTAIN
+    for name, needed, pattern in _ANYWHERE:
+        if all(any(sign in text for sign in signs) for signs in needed) and pattern.search(text):
+            yield name, CERTAIN
+    start = text[:_START_LENGTH]
+    for name, signs, pattern in _AT_START:
+        if any(sign in start for sign in signs) and pattern.match(text):
+            yield name, CERTAIN
 
 
 _ONE_VALUE = Pattern(

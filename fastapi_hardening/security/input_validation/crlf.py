@@ -19,6 +19,12 @@ _FIELD = Pattern(
     r"strict-transport-security|bcc|cc|to|subject|from|reply-to|mime-version)\s{0,3}:|"
     r"http/\d(?:\.\d)?\s{1,3}\d{3}|(?:get|post|put|delete|head)\s{1,3}[/h]\S{0,200}\s{1,3}http/\d)"
 )
+# A line of a mail server (RFC 5321) or a mailbox (RFC 9051), for which a value has no line breaks either.
+_COMMAND = Pattern(
+    r"(?:[\r\n]|\\r|\\n)\s{0,4}(?:mail from:\s?<|rcpt to:\s?<|(?:ehlo|helo)\s[\w.-]{1,80}\s{0,3}(?:$|[\r\n])|"
+    r"data\s{0,3}(?:$|[\r\n]{1,2})|[a-z]{1,3}\d{1,5}\s(?:authenticate|login|select|fetch|list|lsub|append|"
+    r"(?:uid\s)?(?:store|copy|search|fetch)|status|capability|examine|create|delete|rename)\b)"
+)
 _BREAKS = ("\n", "\r", "\\n", "\\r", "0x0", "\u560a", "\u560d")
 _MAIL = Pattern(r"(?:bcc|cc|to|subject|from|reply-to|mime-version)\s{0,3}:")
 
@@ -26,8 +32,14 @@ _MAIL = Pattern(r"(?:bcc|cc|to|subject|from|reply-to|mime-version)\s{0,3}:")
 def find(reading: Reading) -> Iterator[tuple[str, int]]:
     """The line that a value adds to a header, with its score."""
     lower = reading.lower
-    if (":" not in lower and "http/" not in lower) or not any(sign in lower for sign in _BREAKS):
+    if not any(sign in lower for sign in _BREAKS):
         return
+    if lower[:1] in "\r\n\\" and _COMMAND.match(lower):
+        yield "mail-command", CERTAIN
+    if ":" not in lower and "http/" not in lower:
+        return
+    if ("mail from:" in lower or "rcpt to:" in lower) and reading.search(_COMMAND):
+        yield "mail-command", CERTAIN
     hidden = reading.in_line or not ("\n" in reading.value or "\r" in reading.value)
     found = reading.search(_FIELD)
     if found is None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from fastapi_hardening.security.input_validation.decoding import as_text
+from fastapi_hardening.security.input_validation.reading import is_plain
 from fastapi_hardening.security.input_validation.shape import Shape
 
 Path = tuple[str, ...]
@@ -67,25 +68,44 @@ def pairs_of(data: bytes, where: str, shape: Shape) -> Iterator[Text]:
 
 
 def json_texts(document: Any, path: Path, shape: Shape) -> Iterator[Text]:  # noqa: C901 - one loop, no recursion
-    """The keys and the texts of a JSON document, outermost first; what its shape exempts is left out."""
-    waiting: list[tuple[Any, Path, Shape]] = [(document, path, shape)]
+    """The keys and the texts of a JSON document that need a look, outermost first.
+
+    What its shape exempts is left out, and so is what is plain: most of most documents. Only what is left gets a path.
+    """
+    if isinstance(document, str):
+        if not shape.exempt:
+            yield Text(path, document)
+        return
+    waiting: list[tuple[Any, _Place, Shape]] = [(document, None, shape)] if isinstance(document, (dict, list)) else []
     while waiting:
-        value, path, shape = waiting.pop()
-        if isinstance(value, str):
-            if not shape.exempt:
-                yield Text(path, value)
-        elif isinstance(value, dict):
-            for key, child in value.items():
-                below = (*path, key)
-                if not key.isidentifier() or "_proto_" in key or key == "constructor":
-                    yield Text(below, key, in_line=True, key_of=child)
-                if isinstance(child, (str, dict, list)):
-                    waiting.append((child, below, shape.member(key)))
-        elif isinstance(value, list):
+        value, place, shape = waiting.pop()
+        if isinstance(value, list):
             item = shape.item
             for index, child in enumerate(value):
-                if isinstance(child, (str, dict, list)):
-                    waiting.append((child, (*path, str(index)), item))
+                if isinstance(child, (dict, list)):
+                    waiting.append((child, (place, str(index)), item))
+                elif isinstance(child, str) and not is_plain(child) and not item.exempt:
+                    yield Text((*path, *_steps(place), str(index)), child)
+        else:
+            for key, child in value.items():
+                if not key.isidentifier() or "_proto_" in key or key == "constructor":
+                    yield Text((*path, *_steps(place), key), key, in_line=True, key_of=child)
+                if isinstance(child, (dict, list)):
+                    waiting.append((child, (place, key), shape.member(key)))
+                elif isinstance(child, str) and not is_plain(child) and not shape.member(key).exempt:
+                    yield Text((*path, *_steps(place), key), child)
+
+
+# A place in a document: the place that it is in, and its key there.
+_Place = tuple[Any, str] | None
+
+
+def _steps(place: _Place) -> list[str]:
+    steps: list[str] = []
+    while place is not None:
+        place, step = place
+        steps.append(step)
+    return steps[::-1]
 
 
 class Body(NamedTuple):

@@ -107,7 +107,7 @@ _ONLY_A_CALL = Pattern(
     r"document\.write)\s{0,3}[(`][^()`]{0,200}(?:\([^()]{0,80}\)[^()`]{0,80})?[)`][\s;/\w'\"]{0,8}$"
 )
 _ONLY_COOKIES = Pattern(
-    r"\W{0,16}document\s?(?:/\*[^*]{0,40}\*/\s?)?(?:\.|\[)\W{0,40}(?:cookie|domain|"
+    r"\W{0,16}\(?\s?document\s?(?:/\*[^*]{0,40}\*/\s?)?\)?\s?(?:\.|\[)\W{0,40}(?:cookie|domain|"
     r"location)\W{0,16}$"
 )
 _COMPUTED_CALL = Pattern(
@@ -122,6 +122,14 @@ _SCRIPT_WORDS = (
     "this", "frames", "html", "constructor", "append", "insertadj", "srcdoc", "xmlhttp", "image", "sendbeacon",
     "storage", "unescape", "decodeuri", "atob",
 )  # fmt: skip
+# A page that goes elsewhere with the cookies, or brings code from elsewhere.
+_GIVEN_AWAY = Pattern(
+    r"location(?:\.href)?\s{0,3}=\s{0,3}['\"`][^\n]{0,120}\bcookie\b|^\W{0,8}import\s?\(\s?['\"`](?:https?:)?//"
+)
+# A function that is called with a template and no brackets: sort.call`${alert}1`.
+_TAGGED_CALL = Pattern(
+    r"\.\s{0,9}(?:call|apply|bind|from|map|sort|foreach|replace)\s{0,9}`[^`]{0,80}\$\{\s{0,9}(?:alert|prompt|confirm|eval|print|fetch)\b"
+)
 _TEMPLATE_CALL = Pattern(r"\$\{\s{0,9}" + _SINK + _CALLED)
 _EVENT = Pattern(r"(?:^|[\s\"'`/;?&*)>\x00]|\*/)on([a-z_]{3,30})\s{0,9}(?:/\*[^*]{0,40}\*/)?=\s{0,9}(\S?)")
 _ADDRESS = Pattern(
@@ -204,7 +212,7 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:  # noqa: C901 - a list 
             if match[1] in _EVENTS and match[2] not in ("", "=", ">"):
                 yield "event-handler", CERTAIN
                 break
-    if "document" in lower and _ONLY_COOKIES.match(lower):
+    if "document" in lower and _ONLY_COOKIES.match(_COMMENT_IN_STYLE.sub("", lower)):
         yield "cookie", CERTAIN
     if "(" in lower or "`" in lower or "=" in lower or "[" in lower:
         yield from _in_scripts(reading)
@@ -303,8 +311,14 @@ def _addresses(lower: str) -> Iterator[tuple[str, int]]:
         yield "data-address", CERTAIN
 
 
-def _in_scripts(reading: Reading) -> Iterator[tuple[str, int]]:
+def _in_scripts(reading: Reading) -> Iterator[tuple[str, int]]:  # noqa: C901 - a list of questions
     lower = reading.lower
+    if "/*" in lower:
+        lower = _COMMENT_IN_STYLE.sub("", lower)
+    if "`" in lower and _TAGGED_CALL.search(lower):
+        yield "template-call", CERTAIN
+    if ("cookie" in lower or "import" in lower) and _GIVEN_AWAY.search(lower):
+        yield "given-away", CERTAIN
     if "[" in lower and _COMPUTED_CALL.search(lower):
         yield "computed-call", CERTAIN
     if _ONLY_A_CALL.match(lower):

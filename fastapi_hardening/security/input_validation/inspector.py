@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from fastapi_hardening.security.input_validation.prose import is_prose
 from fastapi_hardening.security.input_validation.reading import Reading, is_plain
 
 ENCODING = "encoding"
@@ -26,7 +27,7 @@ _EVERY_SIGN = bytes(range(256))
 # at all is shown to all of them.
 _GRAMMARS: dict[str, tuple[str, str, bytes]] = {
     "sql": ("sql", "find", _EVERY_SIGN),
-    "xss": ("html", "find", b"<>(`=:[+$"),
+    "xss": ("html", "find", b"<>(`=:[+$*"),
     "traversal": ("traversal", "find", b"/\\:%\xef\xee\xe2="),
     "command": ("command", "find", b";|&\n\r$`<>(\\/?[{'\"+%:^"),
     "template": ("template", "find", b"{<@[#$(_"),
@@ -103,7 +104,7 @@ class Inspector:
         Returns:
             The findings of every class that reaches the threshold; nothing for most values.
         """
-        if is_plain(value):
+        if is_plain(value) or (is_prose(value) and not (in_line and "\n" in value)):
             return ()
         return self._closely(Reading(value, in_line=in_line))
 

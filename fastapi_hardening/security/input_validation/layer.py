@@ -13,10 +13,10 @@ Example:
 import asyncio
 import logging
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_hardening.core import context as request_context
@@ -54,8 +54,11 @@ logger = logging.getLogger("fastapi_hardening.input_validation")
 
 LAYER = "input validation"
 
-# A body of more bytes than this is looked at by a thread, so that the others are served meanwhile.
+# A body of more bytes than this is looked at by a thread, so that the others are served meanwhile. One thread does it:
+# more would only take turns with each other, and with whoever is served. Where nobody waits for the result, so many may
+# be behind; of the next ones it is counted that they were not inspected.
 _LONG = 32_768
+_MOST_BEHIND = 16
 # A refusal names so many places; who sends more needs no list.
 _MOST_TOLD = 20
 _LONGEST_REMEMBERED = 512
@@ -94,6 +97,7 @@ class InputValidationMiddleware:
         self.app = app
         self.report = report or ValidationReport()
         settings = settings or InputValidationSettings()
+        self._behind = 0
         # As many as the application has routes; bounded for those that add routes all the time.
         self.policy_of = lru_cache(maxsize=10_000)(lambda entry: RoutePolicy(settings, entry))
 
@@ -161,7 +165,7 @@ class InputValidationMiddleware:
         if reading.cut_off or not reading.size:
             return None, []
         try:
-            return None, await _inspected_aside(reading.body(), policy)
+            return None, await self._inspected_body(reading.body(), policy)
         except UnreadableError:
             self.report.of(policy.template).not_inspected += 1
             return CodingNotTaken(
@@ -203,10 +207,40 @@ class InputValidationMiddleware:
             self.report.of(policy.template).not_inspected += 1
         elif reading.size and not reading.more and not reading.cut_off:
             try:
-                return await _inspected_aside(reading.body(), policy)
+                body = reading.body()
+                if not self._is_long(body) or self._behind < _MOST_BEHIND:
+                    return await self._inspected_body(body, policy)
+                self.report.of(policy.template).not_inspected += 1
             except UnreadableError:
                 self.report.of(policy.template).not_inspected += 1
         return []
+
+    # --- the body -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _aside(self) -> CapacityLimiter:
+        return CapacityLimiter(1)
+
+    @staticmethod
+    def _is_long(body: Body) -> bool:
+        return len(body.data) > _LONG or bool(body.coding)
+
+    async def _inspected_body(self, body: Body, policy: RoutePolicy) -> list[Finding]:
+        settings = policy.settings
+
+        def look() -> list[Finding]:
+            if body.media_type.endswith("json") and not body.coding and is_plain_json(body.data):
+                return []
+            texts = body_texts(body, policy.body, most_bytes=settings.max_inspected_bytes, files=settings.inspect_files)
+            return inspected(texts, policy)
+
+        if not self._is_long(body):
+            return look()
+        self._behind += 1
+        try:
+            return await to_thread.run_sync(look, limiter=self._aside)
+        finally:
+            self._behind -= 1
 
     # --- websocket ----------------------------------------------------------------------------------------------------
 
@@ -389,20 +423,6 @@ def inspected(texts: Any, policy: RoutePolicy) -> list[Finding]:
 def _is_own_address(path: Path, kind: str) -> bool:
     # That a browser or a proxy is on a private network is no attack.
     return kind == "ssrf" and path[0] == "header"
-
-
-async def _inspected_aside(body: Body, policy: RoutePolicy) -> list[Finding]:
-    settings = policy.settings
-
-    def look() -> list[Finding]:
-        if body.media_type.endswith("json") and not body.coding and is_plain_json(body.data):
-            return []
-        texts = body_texts(body, policy.body, most_bytes=settings.max_inspected_bytes, files=settings.inspect_files)
-        return inspected(texts, policy)
-
-    if len(body.data) > _LONG or body.coding:
-        return await to_thread.run_sync(look)
-    return look()
 
 
 # --- the body ---------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from fastapi_hardening.core.private_address import is_private_host
 from fastapi_hardening.security.input_validation.decoding import decode
 from fastapi_hardening.security.input_validation.pattern import Pattern
 
-# Letters, digits, blanks and the punctuation that no grammar begins with.
-_PLAIN = bytes(range(0x30, 0x3A)) + bytes(range(0x41, 0x5B)) + bytes(range(0x61, 0x7B)) + b" _-.,!?\t"
+PLAIN = bytes(range(0x30, 0x3A)) + bytes(range(0x41, 0x5B)) + bytes(range(0x61, 0x7B)) + b" _-.,!?\t"
+"""Letters, digits, blanks and the punctuation that no grammar begins with."""
 _IN_ADDRESS = b":/{}"
 
 # Words alone can be an attack on a number that is put into a query unquoted, or a command with its arguments.
@@ -48,23 +48,36 @@ _WORD = Pattern(r"(?<![^\s(])[A-Za-z\u00c0-\u024f]{2,20}[,.]?\s")
 
 def is_plain(text: str) -> bool:
     """Whether nothing in a text can be an attack of any class, as one look tells."""
-    signs = text.encode("utf-8", "surrogatepass").translate(None, _PLAIN)
+    signs = text.encode("utf-8", "surrogatepass").translate(None, PLAIN)
     if signs:
         if not signs.strip(b"'"):
             return ".." not in text and _WORDS.match(text) is None and len(_APOSTROPHES.findall(text)) == len(signs)
         if text[:4] == "http":
             return ".." not in text and not signs.translate(None, _IN_ADDRESS) and _is_address(text)
         return ".." not in text and _is_common(text)
-    return ".." not in text and (" " not in text or _WORDS.match(text) is None)
+    if ".." in text or "__proto__" in text:
+        return False
+    return " " not in text or (_WORDS.match(text) is None and "select" not in text.lower())
+
+
+def starts_like_a_query(text: str) -> bool:
+    """Whether a text begins with words that are an attack without any sign."""
+    return _WORDS.match(text) is not None
 
 
 # Without blanks there are no words that could be a query.
-_PLAIN_IN_TARGET = _PLAIN.replace(b" ", b"").replace(b"\t", b"")
+_PLAIN_IN_TARGET = PLAIN.replace(b" ", b"").replace(b"\t", b"")
+_BEGINS_IN_QUERY = Pattern(rb"(?:[=&]|\A)" + _WORDS_SOURCE.encode(), re.IGNORECASE)
 
 
 def is_plain_query(query: bytes) -> bool:
     """Whether no name and no value of a query needs a look, told from the query as it was sent."""
-    return not query.translate(None, _PLAIN_IN_TARGET + b"=&") and b".." not in query and b"proto" not in query
+    if query.translate(None, _PLAIN_IN_TARGET + b"=&+") or b".." in query or b"proto" in query:
+        return False
+    if b"+" not in query:
+        return True
+    query = query.replace(b"+", b" ")
+    return b"select" not in query.lower() and _BEGINS_IN_QUERY.search(query) is None
 
 
 def is_plain_path(path: str) -> bool:
@@ -79,11 +92,12 @@ _BEGINS_IN_JSON = Pattern(rb'"' + _WORDS_SOURCE.encode(), re.IGNORECASE)
 def is_plain_json(data: bytes) -> bool:
     """Whether every text in a JSON document is plain, told without reading it as JSON; if in doubt it is not."""
     return (
-        not data.translate(None, _PLAIN + _JSON_MARKS)
+        not data.translate(None, PLAIN + _JSON_MARKS)
         and b".." not in data
         and b"{{" not in data
         and b"proto" not in data
         and b"script" not in data
+        and b"select" not in data.lower()
         and _BEGINS_IN_JSON.search(data) is None
     )
 
@@ -129,7 +143,7 @@ class Reading:
         self.value = value
         self.in_line = in_line
         self.text, self.exhausted = decode(value)
-        self.signs = self.text.encode("utf-8", "surrogatepass").translate(None, _PLAIN)
+        self.signs = self.text.encode("utf-8", "surrogatepass").translate(None, PLAIN)
         self.steps = len(value) + 2 * len(self.text)
 
     @cached_property

@@ -26,10 +26,11 @@ CLASS = "sql"
 
 _TOKEN = Pattern(
     r"""
-      (?P<space> \s++ | /\*!\d{0,6} | \*/ )
+      (?P<space> \s++ | /\*!\d{0,6} | \*/ | ::\w++(?:\[\])?+ )
     | (?P<inline> /\*.*?(?:\*/|\Z) )
+    | (?P<json> ->>? | \#>>? (?=\s*+['"(]) | \#- (?=\s*+['"(]) | @> | <@ | \?[|&] | !?~\*? (?=\s*+') | \?(?=\s*+') )
     | (?P<rest> (?:--|\#)[^\n]*+(?:\n|\Z) )
-    | (?P<text> (?:\b[nxbe]|\bu&)?'(?:[^'\\]|\\.|'')*+(?:'|\Z) | "(?:[^"\\]|\\.|"")*+(?:"|\Z) )
+    | (?P<text> (?:\b[nxbe]|\bu&)?'(?:[^'\\]|\\.|'')*+(?:'|\\?\Z) | "(?:[^"\\]|\\.|"")*+(?:"|\\?\Z) )
     | (?P<number> \d++\.\d*+(?:e[-+]?\d++)?+ | \.\d++ )
     | (?P<word> [\w$]++ | `[^`]{0,64}` | \[\w{1,64}\] )
     | (?P<variable> @@?[\w$`'"]{0,64} )
@@ -46,7 +47,7 @@ _KEYWORDS: dict[str, str] = {}
 for _letter, _words in {
     "&": "or and xor",
     "a": "div mod",
-    "l": "like rlike regexp ilike between in is similar glob sounds",
+    "l": "like rlike regexp ilike between in is isnull notnull similar glob sounds",
     "U": "union intersect except",
     "S": "select",
     "F": "from",
@@ -62,13 +63,15 @@ for _letter, _words in {
     "T": "table database schema view index trigger function column user login role tables databases",
     "W": "waitfor",
     "K": "case",
-    "k": "all distinct distinctrow top as on using values when then else end if any some collate binary",
+    "k": "all distinct distinctrow top as on using values when then else end if any some collate binary escape",
     "e": "exists",
     "P": "procedure",
     "t": "true false null unknown",
 }.items():
     _KEYWORDS |= dict.fromkeys(_words.split(), _letter)
 _SKIPPED = frozenset({"not"})
+KEYWORDS = frozenset(_KEYWORDS)
+"""The words that clauses are made of."""
 
 _DANGEROUS = words(
     "sleep benchmark pg_sleep load_file extractvalue updatexml xp_cmdshell xp_regread "
@@ -109,6 +112,12 @@ _TELLING = _DANGEROUS | frozenset(
 _LONGEST_NAME = 32
 _CALLED = Pattern(r"\s{0,9}([\w.]{1,32})([\s(]{1,9}(?:ro|dna|rox)(?!\w))?")
 
+
+def is_function(word: str) -> bool:
+    """Whether a word, in lower case, is a function of SQL that a text about something else does not call."""
+    return word in _FUNCTIONS or word in _TELLING
+
+
 # A number that runs into a keyword, which several databases read as two tokens.
 _GLUED = Pattern(
     r"(0x[0-9a-f]{1,64}?|\d{1,32}(?:e\d{1,3})?)(or|and|union|xor|order|group|having|like|in|is|limit)", re.IGNORECASE
@@ -122,7 +131,7 @@ _BREAK_OUT = Pattern(
     r"mod|procedure|into|"
     r"exec|execute|drop|insert|delete|update|truncate|alter|create|declare|shutdown|waitfor|if|where|from|"
     r"begin|set|case|"
-    r"collate|as|except|intersect|show|handler|load|call|sounds|offset|end|then|values|print)\b"
+    r"collate|notnull|isnull|glob|escape|as|except|intersect|show|handler|load|call|sounds|offset|end|then|values|print)\b"
     r"|[-+*/%^~|&!=<>,#@`({]|/\*|;|\)\s{0,9}$|$)",
     re.IGNORECASE,
 )
@@ -140,9 +149,10 @@ _OPENING_LENGTH = 200
 # Words that a text in lower case is asked for first, which is quick, and what has to be there besides.
 _COMPARED = (
     r"(?:^|[\s)'\"\d])(?:or|and)(?:[\s(]{1,9}(?:not\s{1,9})?|(?=['\"]))(?:['\"][^'\"]{0,40}['\"]|"
-    r"['\"\w.@-]{1,40})[\s)]{0,9}(?:[-+*/%]\s{0,3}[\w.]{1,20}\s{0,3})?(?:[=<>!^]|like\b|in\s{0,3}\()"
+    r"['\"\w.@-]{1,40})[\s)]{0,9}(?:[-+*/%]\s{0,3}[\w.]{1,20}\s{0,3})?(?:::\w{1,12}\s{0,3})?"
+    r"(?:[=<>!^?]|->|@>|#>|like\b|in\s{0,3}\()"
 )
-_COMPARING = ("=", "<", ">", "!", "^", "like", " in(", " in (")
+_COMPARING = ("=", "<", ">", "!", "^", "?", "like", " in(", " in (")
 _CLAUSES: tuple[tuple[str, Pattern | None], ...] = tuple(
     (word, None if pattern is None else Pattern(pattern))
     for word, pattern in {
@@ -153,7 +163,8 @@ _CLAUSES: tuple[tuple[str, Pattern | None], ...] = tuple(
         "xp_": None,
         "declare": r"declare\W{1,9}@",
         "wai": r"wait?for\W{0,9}(?:delay|time)\b|waifor",
-        "drop": r"drop\W{1,9}(?:table|database|schema|view|user|login|index|function|procedure|trigger|role)\b",
+        "drop": r"drop\s{1,9}\w{1,40}\s?;\s?--|"
+        r"drop\W{1,9}(?:table|database|schema|view|user|login|index|function|procedure|trigger|role)\b",
         "truncate": r"truncate\W{1,9}table",
         "alter": r"alter\W{1,9}(?:table|database|schema|view|user|login|index|function|procedure|trigger|role)\b",
         "create": r"create\W{1,9}(?:table|database|schema|view|user|login|index|function|procedure|trigger|role)\b",
@@ -186,9 +197,21 @@ _CLAUSES: tuple[tuple[str, Pattern | None], ...] = tuple(
 )
 
 
+# What a database takes for a blank: comments, and what is on a line behind one.
+_BLANKS = Pattern(r"/\*(?:!\d{0,6})?|\*/|(?:--|#)[^\n]{0,200}\n|[\r\n\t\v\f]")
+_COMMENT = Pattern(r"/\*(?!!)(?:[^*]|\*(?!/))*+(?:\*/|\Z)")
+
+
 def _has_clause(reading: Reading) -> bool:
     lower = reading.lower
     reading.steps += len(lower)
+    if "/*" in lower:
+        # Once without what is in comments, once with it, for where a comment begins depends on what is a string.
+        reading.steps += 2 * len(lower)
+        lower = f"{_BLANKS.sub(' ', _COMMENT.sub(' ', lower))} {_BLANKS.sub(' ', lower)}"
+    elif "\n" in lower:
+        reading.steps += len(lower)
+        lower = f"{_BLANKS.sub(' ', lower)} {lower}" if "--" in lower or "#" in lower else lower.replace("\n", " ")
     compares = any(sign in lower for sign in _COMPARING)
     for word, pattern in _CLAUSES:
         if word not in lower or (word in ("or", "and") and not compares):
@@ -278,7 +301,7 @@ def _letter_of(kind: str | None, found: str) -> str:
         return "c" if len(body.rstrip("'\"-; +*/\n")) <= 3 else "z"  # noqa: PLR2004 - what is left of a cut-off query
     if kind == "comparison":
         return "o"
-    return {"logic": "&", "arithmetic": "a", "variable": "v", "number": "1"}.get(kind or "", "?")
+    return {"json": "o", "logic": "&", "arithmetic": "a", "variable": "v", "number": "1"}.get(kind or "", "?")
 
 
 # --- clauses ----------------------------------------------------------------------------------------------------------
@@ -288,6 +311,7 @@ _OPERAND = r"(?:[1stvMuT]|n(?:\.n){0,3}|n\.[nM]|M\.[nM]|[fxn]\([^;]{0,60}?\))"
 _LITERAL = r"(?:[1tsvu]|f\([^;]{0,40}?\))"
 _UNION = Pattern(r"U[k(]{0,6}S(?:k1[n1],|[k(]{0,6}(?:[1stvu](?!n)|[fxMaKSeT]|n(?:[,(.)coFI;&]|$))|$)")
 _LONG_COMMENT = Pattern(r"^s[)]{0,9};?z")
+_ALL = Pattern(r"s&[1t]")
 _UNION_ALONE = Pattern(r"^[1sn]?[)]{0,9}U[k(]{0,6}S?$")
 
 # After the quote that ended the literal.
@@ -298,13 +322,15 @@ _QUOTED: tuple[tuple[str, Pattern], ...] = tuple(
         rf"{_OPERAND}[)]{{0,9}}(?:a{_OPERAND}){{0,4}}[)]{{0,9}}(?:o|q|l[(]{{0,3}}[1stvuS])|[(]?[eSK]\b|"
         rf"[(]{{0,4}}[xf][(]|[(]{{1,4}}S)",
         "logic": rf"^s[)]{{0,9}}&{_UP}(?:[1stvu]|n)[)]{{0,9}}(?:c|[;]c?$|a?z)",
+        "odbc": r"^s[)]{0,9}&[(]{0,3}\{[kfn]",
+        "cut-off": r"^s[)]{0,9}[&aolqk][&aolqkt(n1?.)]{0,14}c$",
         "union": r"^s[)]{0,9}(?:c?)U[k(]{0,6}S?$",
         "comment": r"^s[)]{0,9};{0,2}c",
         "where": rf"^s[)]{{0,9}}(?:kn|n)?H{_UP}{_OPERAND}[)]{{0,4}}(?:o|l[(1stvu])",
         "expression": r"^s(?:[a&olq]{1,4}[(]{0,3}(?:[1stvu]|n|"
         r"[fx]\([^;]{0,40}?\))[)]{0,3}){0,12}[&olq][a]{0,3}(?:u|s|1s?c)$",
         "stacked": r"^s[)]{0,9};{1,3}(?:[SEWUK]|k[(x]|P)",
-        "clause": r"^s[)]{0,9}(?:(?:&[1t])?ry(?:(?:1|n)[)]{0,9}(?:[,;czhL&]|$)|[fx][(])|[(]{1,4}S|"
+        "clause": r"^s[)]{0,9}(?:(?:&[1t])?ry(?:(?:1|n(?:[.]n)?)[)]{0,9}(?:[,;czhL&]|$)|[fx][(])|[(]{1,4}S|"
         r"h[(1ns]{1,4}o|I[nsTE]|P[n(]|W|L1|xE)",
         "function": r"^s[)]{0,9}(?:[a&o]{1,3}[(]{0,4}(?:[xSK]|f[(]))",
         "comparison": r"^s(?:o|l|ao)(?:[(]{0,3}(?:[su]|1|t)(?:[cz;&)]|$)|[(]{1,3}S|[xf][(])",
@@ -319,24 +345,26 @@ _QUOTED: tuple[tuple[str, Pattern], ...] = tuple(
 _UNQUOTED: tuple[tuple[str, Pattern], ...] = tuple(
     (name, Pattern(pattern))
     for name, pattern in {
+        "odbc": r"^[^;]{0,6}&[(]{0,3}\{[kfn]",
         "tautology": rf"^;?a?[1tvM]?[)]{{0,9}}&{_UP}(?:[1tvs]|(?<=1&)n(?:\.n){{0,2}}|(?<=1&)M\.[nM]|"
         rf"(?<=&)f\([^;]{{0,40}}?\)|"
         rf"(?<=\()f\([^;]{{0,40}}?\))[)]{{0,9}}(?:a{_LITERAL}){{0,4}}[)]{{0,9}}(?:o[(]{{0,4}}(?:[1tvsuSfx"
         rf"Ma]|n|$)|l(?:[(]{{1,3}}[1stvuS]|[stvuS]))",
-        "equality": rf"^[^o;]{{0,6}}&{_UP}(?:1[)]{{0,3}}o[(]?(?:[1v]|[fx][(]|[(]?S)|so[su])|"
-        r"[)1s]&[(]{1,3}(?:1o[fn][(]|[fn][(][)]o1)",
+        "equality": rf"^(?:no)?[^o;]{{0,12}}&{_UP}(?:1[)]{{0,3}}o[(a]{{0,3}}(?:[1v]|[fx][(]|[(]?S)|so[su])|"
+        r"[)1s]&[(]{1,3}(?:1o[fn][(]|[fn][(][)]o1)|^[^;]{0,9}[n1]&[(]?v[)]{0,3}o|^n[(][)]&{1,2}[fn][(][^;]{0,9}[)]o",
         "logic": r"^[)]{0,9}&[a(]{0,4}[fx][(]|^a?1[)]{0,9}&[a(]{0,4}(?:t(?:$|[cz;&)])|1[)]{0,3}c|"
         r"[(]{0,3}(?:S|x[(]|e[(]))",
-        "subquery": r"^[(]S1[)]$|[1)&oa,(][(]S[k]{0,2}(?:[1svtfxMaK(]|n[),F.(]|S)",
+        "subquery": r"^[(]S1[)]$|^[(]Sk{0,2}1?[nv](?:,[nv]){0,9}F[nM](?:[.]n)?(?:[H)]|$)|"
+        r"[1)&oa,(][(]S[k]{0,2}(?:[1svtfxMaK(]|n[),F.(]|S)",
         "function": r"(?:^|[&oaS(,1kl;)]|^E)[(]{0,3}x[(][(]{0,3}[1sufvSnM]",
         "stacked": r"^a?[1n]?[)]{0,3};{1,2}(?:S[(]?(?:[1svtfxMa]|n[(,.F])|W|E[v])",
         "clause": r"^[Hh]1o1|^hf[(]|^ry1(?:,1){0,20}c|^a?[1)][)]{0,9}(?:(?:&[1t])?ry(?:1(?:[,;cz&]|$)|[fx][(])|"
-        r"ry[nf1][^a-z]{0,2}h|h[(1ns]{1,4}o1?|P[n(]|W|Lf|L1,1)",
+        r"ry[nf1][^a-z]{0,2}h|h[(1ns]{1,4}o1?|P[n(]|W|Lf|L1,1)|^L1,1c",
         "where": rf"^a?1[)]{{0,9}}(?:kn)?H{_UP}{_OPERAND}[)]{{0,4}}[ol]",
         "wait": r"Wn?[suv1]",
         "nested": r"[fx][(][fx][(][fx][(]",
-        "comment": r"^;c$",
-        "union": r"^a?[1n]?[)]{0,9}U[k(]{0,6}[cz]",
+        "comment": r"^;c$|^[(]{1,9}[^;?]{0,60}[1sv][)]{1,9}c$",
+        "union": r"^a?[1n]?[)]{0,9}U[k(]{0,6}(?:[cz]|1(?:,1){1,60};?[cz]?$)|USn?1(?:,1){1,60}|^a?1?SU1,1",
         "values": r"^a?1?[)]{0,3}(?:,t){1,12}[)]",
         "arithmetic": r"^a?1[a&]{1,2}[(]{0,3}(?:x[(]|f[(]|[(]S|S)",
         "variable": r"S[(]{0,3}v(?:$|[,;cz)FU&])",
@@ -358,7 +386,7 @@ _STATEMENTS: tuple[tuple[str, Pattern], ...] = tuple(
     for name, pattern in {
         "drop": rf"(?:; |^)(?:drop|truncate|alter|create) (?:table|database|schema|view|user|login|index|"
         rf"function|procedure|trigger|role)(?: if exists)? {_NAME}(?:$| [;(-]| set | add | cascade| as )|"
-        rf"; drop \w{{1,40}} (?:;|--|$)",
+        rf"; drop \w{{1,40}} (?:;|--|$)|^(?:drop|truncate) \w{{1,40}} ; --",
         "insert": rf"{_START}(?:insert|replace) into {_NAME} (?:\(|values|select|set)",
         "delete": rf"; delete from {_NAME}(?:$| [;-]| where )|{_START}delete from {_NAME} (?:where {_NAME} "
         rf"(?:[=<>]|like|in)|;|--)",
@@ -390,8 +418,12 @@ _SAME = Pattern(
     r"\)){0,4}(?:$| --| ;| (?:or|and) )"
 )
 _SPLIT_WORD = Pattern(r"\b(?:un?i?o?/\*\*/i?o?n?\b|se?l?e?/\*\*/l?e?ct)", re.IGNORECASE)
+# A number that ends in an exponent without digits, which MySQL reads as nothing, before a bracket or a full stop.
+_EXPONENT = Pattern(r"(?<![\w.])\d{1,9}\.e(?=[\s(.,)])")
+_SAME_NUMBER = Pattern(r"\s{0,9}(\d{1,9})\s{0,3}=\s{0,3}\1\s{0,9}")
 _NOTHING = Pattern(r"\s{0,9}'\s{0,3}[-^*=<>&|+/%]{1,3}\s{0,3}'\s{0,9}")
-_PROSE_BEFORE = Pattern(r"[a-z]{1,40},?\s{1,9}[a-z]|\d\s{0,3}$")
+_PROSE_BEFORE = Pattern(r"[a-z]{1,40},?\s{1,9}[a-z]")
+_FEET_BEFORE = Pattern(r"\d\s{0,3}$")
 
 CERTAIN = 5
 SUSPICIOUS = 3
@@ -408,24 +440,39 @@ def find(reading: Reading) -> Iterator[tuple[str, int]]:
 
 def _find(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
     reading.steps += 3 * len(text)
+    if ".e" in text:
+        text = _EXPONENT.sub(" ", text)
     if "/**/" in text and _SPLIT_WORD.search(text):
         text = text.replace("/**/", "")
-    if _NOTHING.fullmatch(text):
+    if _NOTHING.fullmatch(text) or _SAME_NUMBER.fullmatch(text):
         yield "quotes", CERTAIN
         return
     for quote in "'\"`":
-        position = text.find(quote)
-        if position < 0 or not _BREAK_OUT.match(text, position + 1):
-            continue
-        tokens = _Tokens(text[position + 1 :], quote)
-        reading.steps += len(text) + tokens.count
-        before = text[:position].lower()
-        for name, score in _after_break_out(tokens, before, quote):
-            yield f"quoted-{name}", score
-    if "/*" in text or "\n" in text or _OPENING.match(text[:_OPENING_LENGTH]) or _has_clause(reading):
+        for position in _ways_out(text, quote):
+            tokens = _Tokens(text[position + 1 :], quote)
+            reading.steps += len(text) + tokens.count
+            before = text[:position].lower()
+            for name, score in _after_break_out(tokens, before, quote):
+                yield f"quoted-{name}", score
+    cut_off = text[-9:].rstrip().endswith(("--", "#"))
+    if cut_off or _OPENING.match(text[:_OPENING_LENGTH]) or _has_clause(reading):
         tokens = _Tokens(text, "")
         reading.steps += len(text) + tokens.count
         yield from _as_it_stands(tokens, reading)
+
+
+_DOUBLED = {quote: Pattern(rf"[^{quote}]*+(?:{quote}{quote}[^{quote}]*+)++{quote}") for quote in "'\""}
+
+
+def _ways_out(text: str, quote: str) -> Iterator[int]:
+    """Where a quote may end the literal that the text is put into: the first one, and the first that is not doubled."""
+    first = text.find(quote)
+    if first >= 0 and _BREAK_OUT.match(text, first + 1):
+        yield first
+    if first >= 0 and quote in _DOUBLED and text[first + 1 : first + 2] == quote:
+        found = _DOUBLED[quote].match(text)
+        if found is not None and _BREAK_OUT.match(text, found.end()):
+            yield found.end() - 1
 
 
 def _after_break_out(  # noqa: C901 - a list of questions
@@ -433,21 +480,22 @@ def _after_break_out(  # noqa: C901 - a list of questions
 ) -> Iterator[tuple[str, int]]:
     letters = tokens.letters
     prose = _PROSE_BEFORE.search(before[-80:]) is not None
+    feet = _FEET_BEFORE.search(before[-4:]) is not None
     for name, pattern in _QUOTED:
         if pattern.search(letters) is None:
             continue
-        if name in ("comment", "logic", "comparison", "concatenation", "expression", "call"):
+        if name in ("comment", "cut-off", "logic", "comparison", "concatenation", "expression", "call"):
             # A quote that ends a quotation or means feet and inches is followed by these, too.
             if name == "expression" and quote == '"' and "&" not in letters:
                 continue
             if name in ("expression", "concatenation") and not _says_something(letters, tokens.text):
                 continue
-            if prose or (quote != "'" and name in ("concatenation", "comparison")):
+            if prose or (feet and name != "logic") or (quote != "'" and name in ("concatenation", "comparison")):
                 continue
             yield name, CERTAIN
         else:
             yield name, CERTAIN
-    if quote == "'" and not before.strip() and _LONG_COMMENT.search(letters):
+    if quote == "'" and not before.strip() and (_LONG_COMMENT.search(letters) or _ALL.fullmatch(letters)):
         yield "comment", CERTAIN
     if _UNION.search(letters):
         yield "union-select", CERTAIN

@@ -15,7 +15,8 @@ CERTAIN = 5
 SUSPICIOUS = 3
 
 _SEPARATORS = Pattern("[/\\\\\ue000-\uf8ff\ufffd]+")
-_PATH = Pattern(r"[^\s\"'<>|(){},;=&?]*(?:\.\.|\.[/\\]{1,3}\.)[^\s\"'<>|(){},=&?]*")
+_RUN = Pattern(r"[^\s\"'<>|(){},=&?]++")
+_UP = Pattern(r"\.\.|\.[/\\]{1,3}\.")
 _SPELT = (("0x2e", "."), ("0x2f", "/"), ("0x5c", "\\"), ("%2e", "."), ("%2f", "/"), ("%5c", "\\"), ("%25", "%"))
 # The percent sign was taken away, or stands for itself.
 _DOTS_AND_HEX = Pattern(
@@ -180,10 +181,15 @@ def _ways_up(text: str, reading: Reading) -> Iterator[tuple[str, int]]:
         yield "sensitive-file", CERTAIN
         return
     highest = 0
-    for match in _PATH.finditer(text):
-        reading.steps += len(match[0])
-        depth = _levels_above(match[0])
-        if (depth or "..." in match[0]) and _SENSITIVE.search(match[0]):
+    for run in _RUN.findall(text):
+        up = _UP.search(run)
+        if up is None:
+            continue
+        # A semicolon before it ends what stood there; one within it is a parameter, as in "..;/".
+        path = run[run.rfind(";", 0, up.start()) + 1 :]
+        reading.steps += len(path)
+        depth = _levels_above(path)
+        if (depth or "..." in path) and _SENSITIVE.search(path):
             yield "sensitive-file", CERTAIN
             return
         highest = max(highest, depth)

@@ -5,13 +5,17 @@ import string
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastapi_hardening.security.input_validation import CLASSES, Inspector, inspector
+from fastapi_hardening.security.input_validation.decoding import decode
 from fastapi_hardening.security.input_validation.html import tags
 from fastapi_hardening.security.input_validation.pattern import Pattern
+from fastapi_hardening.security.input_validation.prose import _FOREIGN, is_prose
 from fastapi_hardening.security.input_validation.reading import Reading, is_plain, is_plain_json
+from fastapi_hardening.security.input_validation.sql import _TOKEN
+from fastapi_hardening.security.input_validation.traversal import _RUN
 
 INSPECTOR = Inspector()
 
@@ -67,6 +71,19 @@ ATTACKS: dict[str, list[str]] = {
         "9 UNION SELECT TOP 10 name,x FROM users",
         "select current_database();",
         '"x"" or 1=1--"',
+        'OR \'{"b":2}\'::jsonb <@ \'{"a":1, "b":2}\'::jsonb',
+        "OR '{\"a\":1}'::jsonb #> '{a,b}' ? 'c'",
+        "x'|email--",
+        "user'collate nocase--",
+        "' notnull --",
+        "1 or {if length(version())>1}",
+        "DROP sampletable;--",
+        "1.e(ascii 1.e(substring(1.e(select x from users limit 1 1.e,1 1.e) 1.e,1 1.e,1 1.e)1.e)1.e) = 70",
+        "ro union select 1,2,3 -- ",
+        "(select top 1 password from users)",
+        "x and -8=-3",
+        "a''12' and pi()=pi()--",
+        "' or 1",
     ],
     "xss": [
         "<script>alert(1)</script>",
@@ -103,6 +120,8 @@ ATTACKS: dict[str, list[str]] = {
         "<svg xmlns='x'></title>",
         "x:expression(alert(1))",
         "document.write(String.fromCharCode(60)+eval(x))",
+        "document/*a*/./*b*/cookie",
+        "[].sort.call`${alert}1`",
     ],
     "traversal": [
         "../../etc/passwd",
@@ -599,6 +618,7 @@ def patterns() -> list[tuple[str, Pattern | re.Pattern[str]]]:
         "jndi",
         "ldap",
         "nosql",
+        "prose",
         "sql",
         "ssrf",
         "template",
@@ -609,7 +629,7 @@ def patterns() -> list[tuple[str, Pattern | re.Pattern[str]]]:
         module = __import__(f"{inspector.__name__.rpartition('.')[0]}.{name}", fromlist=[name])
         for attribute, value in vars(module).items():
             values = value if isinstance(value, tuple) else (value,)
-            named = [each[1] if isinstance(each, tuple) and len(each) > 1 else each for each in values]
+            named = [part for each in values for part in (each if isinstance(each, tuple) else (each,))]
             found += [(f"{name}.{attribute}", each) for each in named if isinstance(each, (Pattern, re.Pattern))]
     return found
 
@@ -641,7 +661,6 @@ ONE_WAY = {
     "html._IGNORED_IN_ADDRESS",
     "html._COMMENT_IN_STYLE",
     "sql._TOKEN",
-    "traversal._PATH",
     "traversal._SEPARATORS",
 }
 
@@ -652,3 +671,147 @@ def test_no_pattern_can_go_back_without_end(name: str, pattern: Any) -> None:
     parser = re._parser  # type: ignore[attr-defined]
     if name not in ONE_WAY:
         assert endless_repeats(parser.parse(getattr(pattern, "source", None) or pattern.pattern, pattern.flags)) == []
+
+
+def is_endless(items: object) -> bool:
+    """Whether something in a pattern repeats without an end."""
+    constants = re._constants  # type: ignore[attr-defined]
+    for kind, argument in items:  # type: ignore[attr-defined]
+        name = str(kind)
+        if name.endswith("REPEAT") and (argument[1] == constants.MAXREPEAT or is_endless(argument[2])):
+            return True
+        if name == "SUBPATTERN" and is_endless(argument[3]):
+            return True
+        if name == "ATOMIC_GROUP" and is_endless(argument):
+            return True
+        if name == "BRANCH" and any(map(is_endless, argument[1])):
+            return True
+    return False
+
+
+def may_fail(kind: object, argument: Any) -> bool:
+    """Whether a part of a pattern may find nothing where the part before it has ended, or at the end of the text."""
+    constants = re._constants  # type: ignore[attr-defined]
+    name = str(kind)
+    if name.endswith("REPEAT"):
+        return bool(argument[0])
+    if name == "AT":
+        return bool(argument != constants.AT_END_STRING)
+    if name == "BRANCH":
+        return all(any(may_fail(*item) for item in branch) for branch in argument[1])
+    return name != "SUBPATTERN" or any(may_fail(*item) for item in argument[3])
+
+
+def runs_in_vain(items: object) -> bool:
+    """Whether a repeat without an end may be followed by what is not there, so that each start runs to the end."""
+    rest = list(items)  # type: ignore[call-overload]
+    for index, (kind, argument) in enumerate(rest):
+        if not is_endless([(kind, argument)]):
+            continue
+        name = str(kind)
+        if any(may_fail(*item) for item in rest[index + 1 :]):
+            return True
+        if name.endswith("REPEAT") and runs_in_vain(argument[2]):
+            return True
+        if name == "SUBPATTERN" and runs_in_vain(argument[3]):
+            return True
+        if name == "BRANCH" and any(map(runs_in_vain, argument[1])):
+            return True
+    return False
+
+
+# These are never searched for: each match begins where the last one ended, and takes what it ran over.
+STEP_BY_STEP = {"html._ATTRIBUTE", "sql._TOKEN"}
+
+
+@pytest.mark.parametrize(("name", "pattern"), patterns(), ids=lambda value: value if isinstance(value, str) else "")
+def test_no_pattern_runs_to_the_end_in_vain(name: str, pattern: Any) -> None:
+    """No pattern runs to the end of the text from every place where it could begin, only to find nothing there."""
+    parser = re._parser  # type: ignore[attr-defined]
+    if name not in STEP_BY_STEP:
+        assert not runs_in_vain(parser.parse(getattr(pattern, "source", None) or pattern.pattern, pattern.flags))
+
+
+@pytest.mark.parametrize("text", ["'a\\", '"a\\', "'a\\' b' c\\'", "/* a", "-- a", "'a''"])
+def test_token_without_an_end_is_one_token(text: str) -> None:
+    """What is not ended goes on to the end of the text, also behind a last backslash, so that it is read once."""
+    assert [match[0] for match in _TOKEN.finditer(text)] in ([text], ["'a\\' b'", " ", "c", "\\", "'"])
+
+
+def test_long_run_before_a_path_is_read_once() -> None:
+    """A run of characters that goes nowhere up is passed in one go, and a path behind it found."""
+    assert _RUN.findall("a/" * 5000 + " ../../x") == ["a/" * 5000, "../../x"]
+    assert INSPECTOR.inspect("a" * 20_000 + " ../../../../x")
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+SENTENCES = [
+    "It's a fine day, and we were at the lake; nobody was there. (The weather was good.)",
+    "Ann O'Brien's \"favourite\" tea (at last): 3/4 of it is left, 50% more than at 12:30.",
+    "\u201cGrüße aus Köln\u201d, schrieb sie \u2013 l'été \u00e0 Paris; 日本語も大丈夫。",
+    "He said: 'later' & left.\nNow it rains (a lot).",
+]
+
+
+@pytest.mark.parametrize("text", SENTENCES)
+def test_sentence_needs_no_grammar(text: str) -> None:
+    """Words with the punctuation of sentences are told from the rest in one look."""
+    assert is_prose(text)
+    assert Inspector(threshold=1)._closely(Reading(text)) == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x' or 1", 'x" union', "x'; drop it", "a; cat it", "a & id", "a\nid", "f(1)", "sleep (5)", "alert (x)", "1' ",
+        "x--", "a_b", "..", "x) or (y)", "javascript: x 'y'", "\nset-cookie: a", "id; a", "x ; reconfigure",
+        "a (select b)", "ﬁx'y", "if' then", "`a`", "a=b", "x', select", "\u037e id", "a (b",
+    ],
+)  # fmt: skip
+def test_anything_else_is_given_to_the_grammars(text: str) -> None:
+    """Whatever could be more than a sentence is no sentence."""
+    assert not is_prose(text) or Inspector(threshold=1)._closely(Reading(text)) == ()
+    assert not is_prose(text) or text == "a (b"
+
+
+TELLING = [
+    *(
+        "' ",
+        " '",
+        '" ',
+        ' "',
+        "(",
+        ") ",
+        " (",
+        "; ",
+        " & ",
+        ": ",
+        "\n",
+        "\r\n",
+        "% ",
+        ", ",
+        ". ",
+        "- ",
+        "! ",
+        "'s ",
+        " ",
+    ),
+    *("or", "and", "union", "like", "drop", "waitfor", "case", "sleep", "char", "id", "cat", "who", "ls", "if", "do"),
+    *("a", "x", "1", "it", "day", "é", "\u2019", "\u201c", "alert", "script", "this", "null", "in", "is", "set", "to"),
+]
+
+
+@settings(max_examples=400)
+@given(st.lists(st.sampled_from(TELLING), min_size=2, max_size=9).map("".join))
+def test_sentence_never_hides_anything(text: str) -> None:
+    """What is taken for a sentence has nothing in it for a close look."""
+    if is_prose(text):
+        assert Inspector()._closely(Reading(text)) == ()
+
+
+def test_letters_of_other_scripts_are_nothing_else() -> None:
+    """A letter that is passed in sentences does not become a sign or a letter of ASCII when it is decoded."""
+    letters = [chr(code) for code in range(0x80, 0x1F700) if _FOREIGN.match(chr(code))]
+    assert len(letters) > 40_000
+    assert not [letter for letter in letters if not set(decode(letter).text).isdisjoint(map(chr, range(128)))]

@@ -817,3 +817,36 @@ def test_plain_header_is_looked_at_once() -> None:
         client.get("/search", headers={"user-agent": "Mozilla/5.0 (X11; Linux x86_64)"})
     assert layer._plain_header.cache_info().misses == 1
     assert next(iter(documents.pairs_of(b"&&a", "query", FREE))).path == ("query", "a")
+
+
+def test_long_bodies_are_looked_at_one_at_a_time() -> None:
+    """One thread looks at long bodies; where nobody waits for that, what is too far behind is counted as unseen."""
+    report = ValidationReport()
+    app = InputValidationMiddleware(_answering, report=report)
+    scope = scope_of(**{"content-type": "application/json"})
+    slow = json.dumps({"text": "a = f(b); // 'c'\n" * 6000}).encode()
+    quick = json.dumps({"text": "x" * 40_000}).encode()
+
+    async def ask(body: bytes) -> None:
+        async def receive() -> Message:
+            return part(body, more=False)
+
+        async def send(_message: Message) -> None: ...
+
+        await app(scope | {"headers": [*scope["headers"], (b"content-length", b"%d" % len(body))]}, receive, send)
+
+    async def ask_all() -> None:
+        async with asyncio.TaskGroup() as group:
+            for body in (slow, *[quick] * 20):
+                group.create_task(ask(body))
+
+    asyncio.run(ask_all())
+    seen = report.of(None)
+    assert seen.inspected == 21
+    assert seen.not_inspected == 5
+
+
+async def _answering(_scope: Scope, receive: Receive, send: Send) -> None:
+    await receive()
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body"})
