@@ -289,6 +289,14 @@ class Cache:
             TimeoutError: ``make`` took longer than ``compute_timeout_seconds``.
             Exception: Whatever ``make`` raises, where nothing stale may be used.
         """
+        adapter = _adapter(of)
+        entry = self.levels.peek(self._full(key))
+        if entry is not None and self._is_good(entry):
+            self.levels.metrics.memory_hit()
+            # What another version of the application has written may not fit.
+            with suppress(ValueError):
+                found: T = _decoded(entry.body, adapter)
+                return found
         recipe = self._recipe(
             key,
             make,
@@ -299,20 +307,14 @@ class Cache:
             tags=tags,
             of=of,
         )
-        entry = self.levels.peek(recipe.key)
-        if entry is not None and self._is_good(entry):
-            self.levels.metrics.memory_hit()
-        else:
-            entry = await self._lookups.run(recipe.key, lambda: self._look(recipe))
-        result: T
+        entry = await self._lookups.run(recipe.key, lambda: self._look(recipe))
         try:
-            result = _decoded(entry.body, recipe.adapter)
+            found = _decoded(entry.body, adapter)
         except ValueError:
-            # It was written by another version of the application.
             await self.delete(key)
             entry = await self._lookups.run(recipe.key, lambda: self._look(recipe))
-            result = _decoded(entry.body, recipe.adapter)
-        return result
+            found = _decoded(entry.body, adapter)
+        return found
 
     def cached(
         self,

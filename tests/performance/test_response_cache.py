@@ -134,27 +134,26 @@ def test_what_differs_is_kept_apart(shop: Shop) -> None:
     assert shop.calls == 8
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"range": "bytes=0-1"},
-        {"if-match": '"a"'},
-        {"x-original-url": "/admin"},
-        {"x-http-method-override": "DELETE"},
-        {"cache-control": "no-store"},
-        {"authorization": "anna"},
-        {"cookie": "session=1"},
-        {"x-api-key": "1"},
-        {"x-user-id": "1"},
-        {"x-tenant": "a"},
-    ],
-)
-def test_what_is_another_request_reaches_the_endpoint(shop: Shop, fields: dict[str, str]) -> None:
+def test_what_is_another_request_reaches_the_endpoint(shop: Shop) -> None:
     """It is neither answered from the cache nor kept."""
     shop.route()
-    shop.ask({}, {}, fields, fields, {})
-    assert shop.calls == 3
-    assert shop.count("bypass") == 2
+    shop.ask({})
+    for name, value in (
+        ("range", "bytes=0-1"),
+        ("if-match", '"a"'),
+        ("x-original-url", "/admin"),
+        ("x-http-method-override", "DELETE"),
+        ("cache-control", "no-store"),
+        ("authorization", "anna"),
+        ("cookie", "session=1"),
+        ("x-api-key", "1"),
+        ("x-user-id", "1"),
+        ("x-tenant", "a"),
+    ):
+        shop.calls = 0
+        shop.ask({name: value}, {name: value}, {})
+        assert shop.calls == 2, name
+    assert shop.count("bypass") == 20
 
 
 def test_what_browsers_always_send_is_no_credential(shop: Shop) -> None:
