@@ -599,7 +599,7 @@ class Idempotent(Override):
         on_store_failure: What holds while the shared store is gone; by default as the settings say.
     """
 
-    may_refuse: ClassVar[bool] = True
+    may_refuse: ClassVar[bool] = False  # where its layer is missing, and then nothing is replayed either
 
     def __init__(
         self,
