@@ -16,6 +16,7 @@ from pydantic import AwareDatetime, BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from fastapi_hardening.audit import CHECKS
 from fastapi_hardening.core.sources import PREFIX
 from fastapi_hardening.handle import Slot
 from fastapi_hardening.harden import INBOUND
@@ -85,7 +86,19 @@ def profiles() -> Iterator[str]:
         yield _row(f"`{field}.{key}`", *map(_value, values))
 
 
-GENERATORS: dict[str, Callable[[], Iterator[str]]] = {"pipeline": pipeline, "settings": settings, "profiles": profiles}
+def checks() -> Iterator[str]:
+    """What `fastapi-hardening check` looks for."""
+    yield from _head("id", "severity", "what", "why")
+    for check in CHECKS:
+        yield _row(f"`{check.id}`", check.severity, check.title, _text(check.find.__doc__))
+
+
+GENERATORS: dict[str, Callable[[], Iterator[str]]] = {
+    "pipeline": pipeline,
+    "settings": settings,
+    "profiles": profiles,
+    "checks": checks,
+}
 
 
 Concerns = list[tuple[str, type[BaseModel], FieldInfo]]
@@ -112,7 +125,9 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 def _rows(model: type[BaseModel], above: Path_) -> Iterator[tuple[Path_, FieldInfo]]:
     """The keys of a concern, and in place of a part with keys of its own those keys."""
     for key, field in model.model_fields.items():
-        choices = (field.annotation, *get_args(field.annotation))
+        # A list of parts is one value.
+        is_list = get_origin(field.annotation) in (list, tuple)
+        choices = () if is_list else (field.annotation, *get_args(field.annotation))
         inner = next((found for choice in choices if (found := _model_in(choice)) is not None), None)
         if inner is None:
             yield (*above, key), field

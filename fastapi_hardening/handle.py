@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from fastapi import FastAPI
+from opentelemetry.trace import TracerProvider
 from prometheus_client import Gauge
 from starlette.types import ASGIApp
 
@@ -20,7 +21,11 @@ from fastapi_hardening.core.lifecycle import Lifecycle
 from fastapi_hardening.core.redis_store import RedisStore
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore, StoreFailed, StoreRecovered
+from fastapi_hardening.observability.alerts import Alerts
+from fastapi_hardening.observability.health import Health, is_probe
 from fastapi_hardening.observability.metrics import Recorder
+from fastapi_hardening.observability.tracing import Tracing
+from fastapi_hardening.overview import Observability
 from fastapi_hardening.performance.cache import Cache
 from fastapi_hardening.security.auth.gate import Gate
 from fastapi_hardening.security.auth.keys import RemoteKeys
@@ -95,8 +100,12 @@ class Hardening:
         service_name: How the service calls itself.
         events: Facts that concerns tell; subscribe to them.
         checks: Health checks; add your own.
+        health: Runs the checks, and remembers what they said.
         validation: What the validator found on each route, and whether refusing it would hurt anybody.
         metrics: What is recorded; add your own series and functions.
+        tracing: What makes the spans of requests, and where they go.
+        alerts: What is wrong now, and who is told; silence rules and add sinks here.
+        observability: One look at life, health, requests, traces and alerts.
         bans: Who is banned; add and lift bans here.
         allow: Who is never limited nor banned; ``None`` for nobody.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
@@ -114,8 +123,12 @@ class Hardening:
     service_name: str
     events: Events
     checks: Checks
+    health: Health
     validation: ValidationReport
     metrics: Recorder
+    tracing: Tracing
+    alerts: Alerts
+    observability: Observability
     bans: BanList
     allow: AllowList | None
     store: StateStore
@@ -135,6 +148,7 @@ class Hardening:
         *,
         authenticators: Sequence[Authenticator] = (),
         permissions_of: PermissionsOf | None = None,
+        tracer_provider: TracerProvider | None = None,
         clock: Clock | None = None,
     ) -> None:
         self._inbound = inbound
@@ -145,11 +159,26 @@ class Hardening:
         self.clock = clock or SystemClock()
         self.events = Events()
         self.checks = Checks()
+        self.health = Health(self.checks, settings.health, events=self.events, clock=self.clock)
         self.validation = ValidationReport()
         self.metrics = Recorder(
             settings.metrics,
             events=self.events,
             build={"service": self.service_name, "version": app.version},
+            clock=self.clock,
+        )
+        self.tracing = Tracing(
+            settings.tracing,
+            service_name=self.service_name,
+            provider=tracer_provider,
+            is_probe=is_probe(settings.health),
+        )
+        self.alerts = Alerts(
+            settings.alerts,
+            source=self.metrics.collector,
+            prepare=self.health.report,
+            service=self.service_name,
+            events=self.events,
             clock=self.clock,
         )
         self.store = MemoryStore(clock=self.clock)
@@ -190,6 +219,14 @@ class Hardening:
             drain_deadline_seconds=settings.health.drain_deadline_seconds,
             events=self.events,
             clock=self.clock,
+        )
+        self.observability = Observability(
+            self.service_name,
+            lifecycle=self.lifecycle,
+            health=self.health,
+            metrics=self.metrics,
+            tracing=self.tracing,
+            alerts=self.alerts,
         )
         self.checks.add("client_address", self._client_address, critical=False)
         if isinstance(self.auth.keys, RemoteKeys):

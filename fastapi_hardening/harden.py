@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 from fastapi import FastAPI
+from opentelemetry.trace import TracerProvider
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -43,6 +44,7 @@ from fastapi_hardening.observability.access_log import AccessLogMiddleware
 from fastapi_hardening.observability.health import HealthMiddleware, details_guard
 from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_guard
 from fastapi_hardening.observability.request_context import RequestContextMiddleware
+from fastapi_hardening.observability.tracing import layer as tracing
 from fastapi_hardening.performance.compression import CompressionMiddleware
 from fastapi_hardening.performance.response_cache import ResponseCacheMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
@@ -68,9 +70,8 @@ logger = logging.getLogger("fastapi_hardening")
 INBOUND: tuple[Slot, ...] = (
     Slot("probes", "health", "liveness, readiness, start-up and the health report, before anything can refuse them",
          lambda h, app: HealthMiddleware(
-             app, h.settings.health, checks=h.checks, lifecycle=h.lifecycle, fields=probe_fields(h),
-             guard=operations_guard(h, details_guard(h.settings.health)), about={"serviceId": h.service_name},
-             events=h.events, clock=h.clock)),
+             app, h.settings.health, health=h.health, lifecycle=h.lifecycle, fields=probe_fields(h),
+             guard=operations_guard(h, details_guard(h.settings.health)), about={"serviceId": h.service_name})),
     Slot("request context", "request_id", "id, client address and route of the request, once, for everything below",
          lambda h, app: RequestContextMiddleware(app, h.settings.request_id, maker=context_maker(h))),
     Slot("access log", "access_log", "one structured line a request",
@@ -79,7 +80,7 @@ INBOUND: tuple[Slot, ...] = (
          lambda h, app: MetricsMiddleware(
              app, recorder=h.metrics, guard=operations_guard(h, metrics_guard(h.settings.metrics)),
              fields=policy_fields(h), clock=h.clock)),
-    Slot("tracing", "tracing", "one server span"),
+    Slot("tracing", "tracing", "one server span", lambda h, app: tracing.around(app, h.tracing)),
     Slot("security headers", "security_headers", "header fields that protect browsers, on every answer",
          lambda h, app: SecurityHeadersMiddleware(app, header_settings(h))),
     Slot("CORS", "cors", "above everything that refuses, so that a browser may read the refusal",
@@ -130,6 +131,7 @@ def harden(
     *,
     authenticators: Sequence[Authenticator] = (),
     permissions_of: PermissionsOf | None = None,
+    tracer_provider: TracerProvider | None = None,
     clock: Clock | None = None,
 ) -> Hardening:
     """Hardens an application: security headers, errors, request ids, probes, draining, in the right order.
@@ -142,6 +144,7 @@ def harden(
         settings: The settings; by default they come from the environment.
         authenticators: Who finds out who calls, asked in this order, before those that the settings name.
         permissions_of: Gives the permissions of a set of roles, beside the settings; sync or async.
+        tracer_provider: Makes the tracers of OpenTelemetry; by default the global one, as soon as there is one.
         clock: Where the time comes from; for tests.
 
     Returns:
@@ -161,7 +164,13 @@ def harden(
     if app.middleware_stack is not None:
         raise ConfigurationError("harden() was called after the application began to serve; call it where it is made")
     handle = app.state.hardening = Hardening(
-        app, settings or Settings(), INBOUND, authenticators=authenticators, permissions_of=permissions_of, clock=clock
+        app,
+        settings or Settings(),
+        INBOUND,
+        authenticators=authenticators,
+        permissions_of=permissions_of,
+        tracer_provider=tracer_provider,
+        clock=clock,
     )
     build, lifespan = app.build_middleware_stack, app.router.lifespan_context
     adopt_all = adopting(handle)
@@ -189,14 +198,17 @@ def harden(
         with handle.lifecycle.on_sigterm() if drains else nullcontext():
             await handle.store.open()
             try:
-                async with lifespan(application) as state:
+                async with handle.alerts.running(), lifespan(application) as state:
+                    handle.tracing.start()
                     handle.lifecycle.finish("lifespan")
                     yield state
             finally:
                 await handle.cache.close()
+                await handle.tracing.stop()
                 await handle.store.close()
 
     route(app, handle)
+    handle.tracing.settle(app)
     app.build_middleware_stack = build_hardened_stack  # type: ignore[method-assign]
     app.router.lifespan_context = hardened_lifespan
     if handle.settings.errors.enabled and handle.settings.errors.format == "problem":

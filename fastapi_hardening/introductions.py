@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import Gauge
 from starlette.types import Scope
 
 from fastapi_hardening.api import docs_pages, errors
@@ -20,7 +21,9 @@ from fastapi_hardening.core.problem import Problem
 from fastapi_hardening.core.routes import RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening
+from fastapi_hardening.observability.health import HealthChanged
 from fastapi_hardening.observability.request_context import ContextMaker
+from fastapi_hardening.observability.tracing import record_exception
 from fastapi_hardening.performance import batcher
 from fastapi_hardening.performance.fast_routing import FastRouting
 from fastapi_hardening.security import csp_reports, security_txt, slowapi_limits
@@ -44,6 +47,22 @@ def introduce(handle: Hardening) -> None:
     batcher.measure(handle.metrics.registry, handle.events)
     if settings.csp_reports.enabled:
         csp_reports.measure(handle.metrics.registry, handle.events)
+    if not settings.errors.reraise:
+        # What is not raised on does not come by the layer that records it.
+        details = settings.tracing.record_exceptions
+        handle.events.subscribe(
+            errors.ExceptionUnhandled, lambda event: record_exception(event.exception, details=details)
+        )
+    status = Gauge(
+        "hardening_health_check_status",
+        "How a check went when it last ran: 0 pass, 1 warn, 2 fail.",
+        ("check",),
+        registry=handle.metrics.registry,
+        multiprocess_mode="livemax",
+    )
+    handle.events.subscribe(
+        HealthChanged, lambda event: status.labels(event.check).set(("pass", "warn", "fail").index(event.after))
+    )
     if settings.security_txt.enabled:
         handle.checks.add("security_txt", security_txt.check(settings.security_txt, handle.clock), critical=False)
 
@@ -72,7 +91,9 @@ def adopting(handle: Hardening) -> Callable[[RouteTable], None]:
     policies = _docs_policies(docs) if docs.enabled else {}
 
     def adopt(table: RouteTable) -> None:
-        for application in table.applications:
+        for number, application in enumerate(table.applications):
+            if number:
+                handle.tracing.settle(application, mounted=True)
             if handle.settings.errors.enabled:
                 errors.install(application, handle.settings.errors)
             if docs.enabled:

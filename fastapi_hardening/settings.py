@@ -27,9 +27,11 @@ from fastapi_hardening.core.redis_address import read_address
 from fastapi_hardening.core.request_head import checked_host
 from fastapi_hardening.core.sources import Key, Profiles, gather, sentence
 from fastapi_hardening.observability.access_log import AccessLogSettings
+from fastapi_hardening.observability.alerts import AlertsSettings
 from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
+from fastapi_hardening.observability.tracing import TracingSettings
 from fastapi_hardening.performance.cache import CacheSettings
 from fastapi_hardening.performance.compression import CompressionSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
@@ -59,13 +61,6 @@ class NotBuiltYet(ConcernSettings):
         return self
 
 
-class TracingSettings(NotBuiltYet):
-    """OpenTelemetry tracing; planned."""
-
-    engine: Literal["own", "instrumentation", "native"] = "own"
-    """What makes the server span."""
-
-
 Environment = Literal["production", "staging", "development"]
 
 PROFILES: Profiles = {
@@ -75,6 +70,7 @@ PROFILES: Profiles = {
         "access_log": {"format": "text"},
         "errors": {"details": True},
         "health": {"details": "always", "drain_delay_seconds": 0.0},
+        "tracing": {"server_timing": True},
     },
 }
 """What an environment changes; nothing else does."""
@@ -148,7 +144,10 @@ class Settings(BaseSettings):
     """Prometheus metrics."""
 
     tracing: TracingSettings = TracingSettings()
-    """OpenTelemetry tracing; planned."""
+    """One OpenTelemetry span a request."""
+
+    alerts: AlertsSettings = AlertsSettings()
+    """When somebody is told that the service is not well."""
 
     security_headers: SecurityHeadersSettings = SecurityHeadersSettings()
     """The header fields that protect browsers."""

@@ -20,6 +20,7 @@ from fastapi_hardening.core.events import RequestRefused
 from fastapi_hardening.core.lifecycle import ApplicationStarted
 from fastapi_hardening.handle import RoutePolicies
 from fastapi_hardening.harden import INBOUND
+from fastapi_hardening.settings import NotBuiltYet
 
 ORDER = (
     "probes, request context, access log, metrics, tracing, security headers, CORS, errors, drain, load shedding, "
@@ -59,6 +60,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "RequestContextMiddleware",
         "AccessLogMiddleware",
         "MetricsMiddleware",
+        "TracingMiddleware",
         "SecurityHeadersMiddleware",
         "CorsMiddleware",
         "ErrorsMiddleware",
@@ -78,6 +80,7 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "request context",
         "access log",
         "metrics",
+        "tracing",
         "security headers",
         "CORS",
         "errors",
@@ -141,10 +144,21 @@ def test_a_key_that_has_no_effect_yet_is_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its name is accepted from the first day, but nobody should rely on it."""
-    monkeypatch.setenv("HARDENING_TRACING__ENGINE", "native")
+
+    class Planned(NotBuiltYet):
+        """A concern whose keys are known before it is built."""
+
+        speed: int = 1
+
+    class Later(Settings):
+        """Settings with such a concern."""
+
+        planned: Planned = Planned()
+
+    monkeypatch.setenv("HARDENING_PLANNED__SPEED", "2")
     with caplog.at_level(logging.WARNING):
-        harden(FastAPI())
-    assert "tracing.engine is set" in caplog.text
+        harden(FastAPI(), Later())
+    assert "planned.speed is set" in caplog.text
 
 
 def test_without_health_nothing_waits_for_sigterm() -> None:

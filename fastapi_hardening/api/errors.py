@@ -378,6 +378,7 @@ _PROBLEM_SCHEMA = {
         "status": {"type": "integer", "minimum": 400, "maximum": 599},
         "detail": {"type": "string", "description": "What went wrong this time."},
         "request_id": {"type": "string", "description": "The id under which the request is logged."},
+        "trace_id": {"type": "string", "description": "The trace in which the request can be looked at."},
     },
 }
 _VALIDATION_SCHEMA = {

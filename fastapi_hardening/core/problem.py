@@ -28,6 +28,7 @@ from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.events import RequestRefused
 from fastapi_hardening.core.headers import RawHeaders
+from fastapi_hardening.core.logs import trace_id_of
 
 ErrorFormat = Literal["problem", "fastapi"]
 
@@ -96,7 +97,7 @@ class Problem(HTTPException):
         """The short name of the type, as events, logs and metrics use it: what follows ``#``, else the status."""
         return self.type.rpartition("#")[2] if "#" in self.type else str(self.status_code)
 
-    def document(self, request_id: str | None = None) -> dict[str, Any]:
+    def document(self, request_id: str | None = None, trace_id: str | None = None) -> dict[str, Any]:
         """The members of the problem document, standard ones first."""
         document: dict[str, Any] = {
             "type": self.type,
@@ -107,6 +108,8 @@ class Problem(HTTPException):
             document["detail"] = self.explanation
         if request_id is not None:
             document["request_id"] = request_id
+        if trace_id is not None:
+            document["trace_id"] = trace_id
         return document | self.extensions
 
 
@@ -126,7 +129,7 @@ def render(problem: Problem, context: RequestContext | None) -> tuple[RawHeaders
     """The header fields and the body of a problem, in the format that the application has chosen."""
     problem_format: ErrorFormat = "problem" if context is None else context.error_format
     if problem_format == "problem":
-        document = problem.document(None if context is None else context.request_id)
+        document = problem.document(None if context is None else context.request_id, trace_id_of(None))
     else:
         document = {"detail": problem.explanation or problem.title or phrase(problem.status_code)}
     body = json.dumps(document, ensure_ascii=False, separators=(",", ":"), default=str).encode()

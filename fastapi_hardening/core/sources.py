@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from dotenv import dotenv_values
 from pydantic import BaseModel
@@ -122,7 +122,9 @@ def _leaves(
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The settings model that a field holds, if it holds one."""
+    """The settings model that a field holds, if it holds one; a list of them is one value."""
+    if get_origin(annotation) in (list, tuple):
+        return None
     for choice in (annotation, *get_args(annotation)):
         if isinstance(choice, type) and issubclass(choice, BaseModel):
             return choice

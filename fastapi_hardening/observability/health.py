@@ -276,6 +276,13 @@ async def _call(function: Callable[[], Any]) -> Any:
 Answer = tuple[int, dict[str, Any]]
 
 
+def is_probe(settings: HealthSettings) -> Callable[[Scope], bool]:
+    """Says of a scope whether a probe will answer it, for what is outside of the layer."""
+    paths = {settings.livez_path, settings.readyz_path, settings.startupz_path, settings.health_path}
+    known = frozenset(filter(None, paths)) if settings.enabled else frozenset()
+    return lambda scope: scope["type"] == "http" and route_path(scope["path"], scope.get("root_path", "")) in known
+
+
 class HealthMiddleware:
     """Answers the probes by their exact path, relative to the root path, and passes on everything else.
 
@@ -285,6 +292,7 @@ class HealthMiddleware:
         app: The application inside.
         settings: Paths, times and thresholds.
         checks: The checks that readiness and the report look at.
+        health: Runs them, and remembers; by default one of this layer's own.
         lifecycle: Says whether the process starts or drains.
         guard: Decides who sees the details where they are for the authorized; by default the token of the settings,
             else private peers.
@@ -300,6 +308,7 @@ class HealthMiddleware:
         settings: HealthSettings | None = None,
         *,
         checks: Checks | None = None,
+        health: Health | None = None,
         lifecycle: Lifecycle | None = None,
         guard: Guard | None = None,
         fields: Callable[[RawHeaders, Scope], RawHeaders] | None = None,
@@ -309,7 +318,7 @@ class HealthMiddleware:
     ) -> None:
         self.app = app
         self._settings = settings = settings or HealthSettings()
-        self._health = Health(checks or Checks(), settings, events=events, clock=clock)
+        self._health = health or Health(checks or Checks(), settings, events=events, clock=clock)
         self._lifecycle = lifecycle or Lifecycle()
         self._guard = guard or details_guard(settings)
         self._fields = fields

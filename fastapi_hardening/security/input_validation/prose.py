@@ -6,9 +6,9 @@ an apostrophe within a word, a bracket between a blank and a word, a semicolon b
 clause. If all do, no grammar could find anything, and none is asked. In doubt the answer is no, which costs time only.
 
 Example:
-    >>> is_prose("It's a fine day (at last); we said: \u201clet's go!\u201d")
+    >>> is_prose("It's a fine day (at last); we said: \u201chow nice!\u201d")
     True
-    >>> is_prose("a day'; drop tables"), is_prose("a day; cat it"), is_prose("f (1)")
+    >>> is_prose("a day'; drop tables"), is_prose("a day; cat it"), is_prose("f(1)")
     (False, False, False)
 """
 
