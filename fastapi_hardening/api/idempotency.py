@@ -62,6 +62,7 @@ _FREES = frozenset({401, 403, 408, 425, 429})
 _QUOTED = re.compile(rb'"((?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"')
 _BARE = re.compile(rb"[\x21\x23-\x2b\x2d-\x7e]+")
 _LONGEST_KEY = 255
+_SENT_BY_THE_SERVER = frozenset({"http.response.pathsend", "http.response.zerocopysend"})
 # Not kept: a cookie is given out once, and these belong to the connection.
 _NOT_REPLAYED = frozenset({b"set-cookie", b"connection", b"transfer-encoding", b"date"})
 
@@ -462,8 +463,8 @@ class _Work:
                 self._start(message)
             elif message["type"] == "http.response.body":
                 await self._take(message)
-            elif not self._finished:
-                self._parts = None  # such as a file that the server sends itself
+            elif message["type"] in _SENT_BY_THE_SERVER:
+                self._parts = None
             await send(message)
 
         # Who sends it again may take other codings, so the answer is kept, and sent, as it is.

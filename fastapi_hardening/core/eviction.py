@@ -126,7 +126,6 @@ class S3Fifo(Generic[V]):
         key, node = self._small.popitem(last=False)
         self._small_bytes -= node.size
         if node.hits:
-            node.hits = 0
             self._main[key] = node
             return
         self.bytes -= node.size

@@ -376,6 +376,17 @@ def test_an_answer_of_another_kind_is_not_kept(messages: tuple[Message, ...]) ->
     assert asyncio.run(use()) == ([each["type"] for each in messages], 409, 1)
 
 
+def test_what_comes_before_an_answer_is_no_part_of_it() -> None:
+    """Such as early hints, or what a test client wants to know of a template."""
+
+    async def use() -> tuple[list[str], int]:
+        raw = Raw({"type": "http.response.early_hint", "links": []}, START, END)
+        await raw.ask(b"a")
+        return [each["type"] for each in await raw.ask(b"a")], raw.calls
+
+    assert asyncio.run(use()) == (["http.response.start", "http.response.body"], 1)
+
+
 def test_an_answer_that_never_came_frees_the_key() -> None:
     """Nobody knows what was done, least of all the client."""
 

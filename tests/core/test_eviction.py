@@ -84,6 +84,20 @@ def test_what_was_used_long_ago_leaves_in_the_end() -> None:
     assert not any(kept.get_quietly(f"old {number}") is not None for number in range(4))
 
 
+def test_what_is_used_in_the_main_queue_has_another_round() -> None:
+    """Of two that came there together the one that nobody asks for leaves first."""
+    kept: S3Fifo[int] = S3Fifo(4, 1_000)
+    for name in ("used", "unused"):
+        kept.put(name, 1, 1)
+        kept.get(name)
+    for number in range(60):
+        kept.put(f"new {number}", number, 1)
+        kept.get(f"new {number}")
+        kept.get("used")
+    assert kept.get_quietly("used") == 1
+    assert kept.get_quietly("unused") is None
+
+
 @pytest.mark.parametrize("entries", [0, 3])
 def test_what_is_too_large_is_not_kept(entries: int) -> None:
     """One value may take a quarter of the room; a cache without places keeps nothing at all."""

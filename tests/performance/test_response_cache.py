@@ -646,7 +646,7 @@ class Crowd:
         await self.may_end.wait()
         await self.response(scope)(scope, receive, send)
 
-    async def ask(self, **fields: str) -> str:
+    async def ask(self, method: str = "GET", **fields: str) -> str:
         sent: list[Message] = []
 
         async def receive() -> Message:
@@ -656,7 +656,14 @@ class Crowd:
             sent.append(message)
 
         headers = [(name.replace("_", "-").encode(), value.encode()) for name, value in fields.items()]
-        scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": headers, "app": self.app}
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": "/",
+            "query_string": b"",
+            "headers": headers,
+            "app": self.app,
+        }
         await self.layer(scope, receive, send)
         return b"".join(message.get("body", b"") for message in sent).decode()
 
@@ -809,6 +816,54 @@ def test_workers_share_what_they_keep(state_url: str, prefix: str) -> None:
         return said
 
     assert asyncio.run(use()) == ["x", "x", "x", 2, "x", "x", "x", 0, "x", 1]
+
+
+def test_head_is_answered_from_what_another_worker_has_left() -> None:
+    """And goes to the endpoint where nobody has left anything."""
+
+    async def use() -> tuple[list[int], int]:
+        store = MemoryStore()
+        first, second = (
+            Crowd(lambda app: ResponseCacheMiddleware(app, levels=CacheLevels(shared=store))) for _ in range(2)
+        )
+        for crowd in (first, second):
+            crowd.may_end.set()
+        await second.ask(method="HEAD")
+        before = second.calls
+        await first.ask()
+        await second.ask(method="HEAD")
+        return [before, second.calls], first.calls
+
+    assert asyncio.run(use()) == ([1, 1], 1)
+
+
+def test_a_stale_answer_is_made_again_without_its_client() -> None:
+    """Whatever the endpoint reads of the request, there is no body, and no client that goes away."""
+    said: list[str] = []
+    done = asyncio.Event()
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        said.append((await receive())["type"])
+        waiting = asyncio.ensure_future(receive())
+        await asyncio.sleep(0)
+        said.append("waits" if not waiting.done() else waiting.result()["type"])
+        waiting.cancel()
+        await PlainTextResponse("x")(scope, receive, send)
+        done.set()
+
+    async def use() -> None:
+        clock = ManualClock()
+        crowd = Crowd(
+            lambda _app: ResponseCacheMiddleware(application, clock=clock), stale_while_revalidate_seconds=100
+        )
+        await crowd.ask()
+        clock.advance(70)
+        done.clear()
+        await crowd.ask()
+        await done.wait()
+
+    asyncio.run(use())
+    assert said == ["http.request", "http.request", "http.request", "waits"]
 
 
 def test_one_worker_makes_a_stale_answer_again() -> None:
