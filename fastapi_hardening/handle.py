@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fastapi import FastAPI
 from opentelemetry.trace import TracerProvider
@@ -27,6 +27,8 @@ from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.observability.tracing import Tracing
 from fastapi_hardening.overview import Observability
 from fastapi_hardening.performance.cache import Cache
+from fastapi_hardening.resilience.circuit_breaker import CircuitBreakers
+from fastapi_hardening.resilience.retry import Retries
 from fastapi_hardening.security.auth.gate import Gate
 from fastapi_hardening.security.auth.keys import RemoteKeys
 from fastapi_hardening.security.auth.overrides import is_open
@@ -35,6 +37,10 @@ from fastapi_hardening.security.bans import BanList
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.security.input_validation import ValidationReport
 from fastapi_hardening.settings import Settings
+from fastapi_hardening.upstreams import OutboundSlot, Upstreams
+
+if TYPE_CHECKING:
+    import httpx2
 
 LayerState = Literal["on", "off", "planned"]
 
@@ -108,6 +114,9 @@ class Hardening:
         observability: One look at life, health, requests, traces and alerts.
         bans: Who is banned; add and lift bans here.
         allow: Who is never limited nor banned; ``None`` for nobody.
+        breakers: Circuit breakers by name; look at them, force and reset them.
+        retries: Retry policies by name.
+        upstreams: Other services by name; :meth:`upstream` gives the client of one.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         cache: What is slow to make and kept for a while; use it in endpoints.
         auth: Who calls, and what they may do.
@@ -131,6 +140,9 @@ class Hardening:
     observability: Observability
     bans: BanList
     allow: AllowList | None
+    breakers: CircuitBreakers
+    retries: Retries
+    upstreams: Upstreams
     store: StateStore
     cache: Cache
     auth: Gate
@@ -145,6 +157,7 @@ class Hardening:
         app: FastAPI,
         settings: Settings,
         inbound: Sequence[Slot] = (),
+        outbound: Sequence[OutboundSlot] = (),
         *,
         authenticators: Sequence[Authenticator] = (),
         permissions_of: PermissionsOf | None = None,
@@ -210,6 +223,19 @@ class Hardening:
             clock=self.clock,
             store=shared(self.store),
         )
+        self.breakers = CircuitBreakers(
+            settings.circuit_breaker, events=self.events, clock=self.clock, store=shared(self.store)
+        )
+        self.retries = Retries(settings.retry, events=self.events, clock=self.clock)
+        self.upstreams = Upstreams(
+            settings.upstreams,
+            outbound,
+            breakers=self.breakers,
+            retries=self.retries,
+            events=self.events,
+            clock=self.clock,
+            provider=lambda: self.tracing.provider if settings.tracing.enabled else None,
+        )
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(
             settings.trusted_proxies, forwarded_header=settings.forwarded_header, events=self.events
@@ -253,6 +279,15 @@ class Hardening:
         self.events.subscribe(StoreRecovered, lambda _event: up.set(1))
         self.checks.add("state_store", store.check, critical=False)
         return store
+
+    def upstream(self, name: str) -> "httpx2.AsyncClient":
+        """The client of another service, as the settings name it; with the extra ``http``.
+
+        Raises:
+            KeyError: The settings have none of that name.
+            ConfigurationError: httpx2 is not installed.
+        """
+        return self.upstreams.get(name).client
 
     @property
     def pipeline(self) -> tuple[Layer, ...]:

@@ -63,6 +63,7 @@ from fastapi_hardening.security.security_headers import (
 from fastapi_hardening.security.security_txt import SecurityTxtMiddleware
 from fastapi_hardening.security.websocket_limits import WebSocketLimitsMiddleware
 from fastapi_hardening.settings import Settings
+from fastapi_hardening.upstreams import OutboundSlot
 
 logger = logging.getLogger("fastapi_hardening")
 
@@ -124,6 +125,24 @@ INBOUND: tuple[Slot, ...] = (
              app, h.settings.response_cache, levels=h.cache.levels, clock=h.clock)),
 )  # fmt: skip
 
+# A call of another service meets these from top to bottom, its answer from bottom to top; for each upstream anew.
+OUTBOUND: tuple[OutboundSlot, ...] = (
+    OutboundSlot("total timeout", "total_seconds", "how long a call may take, with all its attempts",
+                 lambda upstream, send: upstream.total.around(send)),
+    OutboundSlot("bulkhead", "bulkhead", "how many calls may be under way and wait",
+                 lambda upstream, send: upstream.bulkhead.around(send)),
+    OutboundSlot("retry", "retry", "another attempt, within the budget",
+                 lambda upstream, send: upstream.retry.around(send, unsent=upstream.pool.unsent)),
+    OutboundSlot("failover", "failover", "which endpoint; a second one, where the first takes long",
+                 lambda upstream, send: upstream.failover.around(send)),
+    OutboundSlot("circuit breaker", "circuit_breaker", "no calls of an endpoint that fails; one for each",
+                 lambda upstream, send: upstream.breakers.around(send, upstream.breaker_of)),
+    OutboundSlot("attempt timeout", "attempt_seconds", "how long one attempt may take",
+                 lambda upstream, send: upstream.attempt.around(send)),
+    OutboundSlot("connection pool", "connections", "a connection to that endpoint, and the request on it",
+                 lambda upstream, _send: upstream.pool.send),
+)  # fmt: skip
+
 
 def harden(
     app: FastAPI,
@@ -167,6 +186,7 @@ def harden(
         app,
         settings or Settings(),
         INBOUND,
+        OUTBOUND,
         authenticators=authenticators,
         permissions_of=permissions_of,
         tracer_provider=tracer_provider,
@@ -198,12 +218,13 @@ def harden(
         with handle.lifecycle.on_sigterm() if drains else nullcontext():
             await handle.store.open()
             try:
-                async with handle.alerts.running(), lifespan(application) as state:
+                async with handle.alerts.running(), handle.breakers.sharing(), lifespan(application) as state:
                     handle.tracing.start()
                     handle.lifecycle.finish("lifespan")
                     yield state
             finally:
                 await handle.cache.close()
+                await handle.upstreams.close()
                 await handle.tracing.stop()
                 await handle.store.close()
 

@@ -26,6 +26,7 @@ from fastapi_hardening.observability.request_context import ContextMaker
 from fastapi_hardening.observability.tracing import record_exception
 from fastapi_hardening.performance import batcher
 from fastapi_hardening.performance.fast_routing import FastRouting
+from fastapi_hardening.resilience import circuit_breaker, failover, retry
 from fastapi_hardening.security import csp_reports, security_txt, slowapi_limits
 from fastapi_hardening.security.auth import openapi as auth_openapi
 from fastapi_hardening.security.auth.layer import check_routes, demand_again
@@ -65,6 +66,22 @@ def introduce(handle: Hardening) -> None:
     )
     if settings.security_txt.enabled:
         handle.checks.add("security_txt", security_txt.check(settings.security_txt, handle.clock), critical=False)
+    handle.breakers.on_first.append(lambda: watch_circuits(handle))
+    handle.upstreams.on_first.append(lambda: watch_upstreams(handle))
+    handle.retries.on_first.append(lambda: retry.measure(handle.metrics.registry, handle.events))
+    handle.upstreams.make()
+
+
+def watch_circuits(handle: Hardening) -> None:
+    """Has circuits measured and checked, once there is one."""
+    circuit_breaker.measure(handle.metrics.registry, handle.breakers, handle.events)
+    handle.checks.add("circuit_breakers", handle.breakers.check, critical=False)
+
+
+def watch_upstreams(handle: Hardening) -> None:
+    """Has upstreams measured and checked, once there is one."""
+    failover.measure(handle.metrics.registry, lambda: (each.failover for each in handle.upstreams), handle.clock)
+    handle.checks.add("upstreams", handle.upstreams.check, critical=False)
 
 
 def banned(handle: Hardening) -> Callable[[str], Problem | None] | None:

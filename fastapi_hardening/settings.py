@@ -11,6 +11,7 @@ Example:
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -36,6 +37,8 @@ from fastapi_hardening.performance.cache import CacheSettings
 from fastapi_hardening.performance.compression import CompressionSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
 from fastapi_hardening.performance.response_cache import ResponseCacheSettings
+from fastapi_hardening.resilience.circuit_breaker import CircuitBreakersSettings
+from fastapi_hardening.resilience.retry import RetriesSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.auth.settings import AuthSettings
 from fastapi_hardening.security.bans import BansSettings
@@ -47,6 +50,7 @@ from fastapi_hardening.security.request_limits import RequestLimitsSettings
 from fastapi_hardening.security.security_headers import SecurityHeadersSettings
 from fastapi_hardening.security.security_txt import SecurityTxtSettings
 from fastapi_hardening.security.websocket_limits import WebSocketLimitsSettings
+from fastapi_hardening.upstreams import UpstreamSettings
 
 
 class NotBuiltYet(ConcernSettings):
@@ -60,6 +64,9 @@ class NotBuiltYet(ConcernSettings):
             raise ValueError("this concern is not built yet (see the changelog); leave it out for now")
         return self
 
+
+# It is a host in URLs, and part of a variable's name.
+_UPSTREAM = re.compile(r"[a-z0-9](?:[a-z0-9_-]*[a-z0-9])?")
 
 Environment = Literal["production", "staging", "development"]
 
@@ -207,6 +214,15 @@ class Settings(BaseSettings):
     timeout: NotBuiltYet = NotBuiltYet()
     """Deadlines of handlers; planned."""
 
+    circuit_breaker: CircuitBreakersSettings = CircuitBreakersSettings()
+    """When calls to a service that fails are no longer made."""
+
+    retry: RetriesSettings = RetriesSettings()
+    """How calls to services are made again."""
+
+    upstreams: dict[str, UpstreamSettings] = Field(default_factory=dict)
+    """Other services by name, with everything that stands around their calls."""
+
     docs_pages: DocsPagesSettings = DocsPagesSettings()
     """The pages of the API's documentation."""
 
@@ -258,6 +274,14 @@ class Settings(BaseSettings):
     def _are_hosts(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(checked_host(entry) for entry in entries)
 
+    @field_validator("upstreams")
+    @classmethod
+    def _are_names(cls, upstreams: dict[str, UpstreamSettings]) -> dict[str, UpstreamSettings]:
+        for name in upstreams:
+            if not _UPSTREAM.fullmatch(name):
+                raise ValueError(f"{name!r}: the name of an upstream has lower-case letters, digits, '-' and '_' only")
+        return upstreams
+
     @field_validator("state_url")
     @classmethod
     def _leads_to_a_store(cls, url: SecretStr | None) -> SecretStr | None:
@@ -286,5 +310,8 @@ def _walk(model: BaseModel, above: Key = ()) -> Iterator[tuple[Key, Any]]:
         value = getattr(model, name)
         if isinstance(value, BaseModel):
             yield from _walk(value, (*above, name))
+        elif isinstance(value, dict) and value and all(isinstance(each, BaseModel) for each in value.values()):
+            for key, section in value.items():
+                yield from _walk(section, (*above, name, key))
         else:
             yield (*above, name), "********" if isinstance(value, SecretStr) else value

@@ -163,6 +163,19 @@ def in_progress(_client: TestClient) -> httpx2.Response:
     return TestClient(app).post("/", headers={"Idempotency-Key": "a"})
 
 
+def a_broken_circuit(_client: TestClient) -> httpx2.Response:
+    app = FastAPI()
+    breaker = harden(app, Settings(_env_file=None)).breakers.get("stock")
+    breaker.force_open()
+
+    @app.get("/stock")
+    async def stock() -> None:
+        async with breaker.guard():
+            pass
+
+    return TestClient(app).get("/stock")
+
+
 CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "about-blank": lambda client: client.get("/no-such-page"),
     "validation-failed": lambda client: client.post("/orders", json={"lines": [{"quantity": 0}]}),
@@ -181,6 +194,7 @@ CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "idempotency-key-reused": lambda _: payments("a", "a", content="more"),
     "request-in-progress": in_progress,
     "already-done": lambda _: payments("a", "a", large=True),
+    "circuit-open": a_broken_circuit,
 }
 
 
