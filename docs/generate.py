@@ -214,6 +214,7 @@ _KINDS: dict[Any, str] = {
     float: "number",
     str: "text",
     SecretStr: "secret",
+    Path: "path",
     AwareDatetime: "date and time with a time zone",
     tuple: "list",
     dict: "object in JSON",

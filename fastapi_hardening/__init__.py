@@ -7,6 +7,7 @@ Example:
     >>> handle = harden(app)
 """
 
+from fastapi_hardening.api.idempotency import Idempotent
 from fastapi_hardening.core.check import CheckResult
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.identity import Principal
@@ -15,6 +16,7 @@ from fastapi_hardening.handle import Hardening
 from fastapi_hardening.harden import harden
 from fastapi_hardening.observability.access_log import configure_logging
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
+from fastapi_hardening.performance.response_cache import CacheResponse
 from fastapi_hardening.resilience.concurrency import Bulkhead
 from fastapi_hardening.resilience.degradation import Feature
 from fastapi_hardening.resilience.load_shedding import Priority
@@ -40,6 +42,7 @@ from fastapi_hardening.settings import Settings
 __all__ = [
     "Authorize",
     "Bulkhead",
+    "CacheResponse",
     "CheckResult",
     "ConfigurationError",
     "Cors",
@@ -48,6 +51,7 @@ __all__ = [
     "CurrentUser",
     "Feature",
     "Hardening",
+    "Idempotent",
     "InputPolicy",
     "OptionalUser",
     "Principal",

@@ -9,6 +9,7 @@ from opentelemetry.trace import TracerProvider
 from prometheus_client import Gauge
 from starlette.types import ASGIApp
 
+from fastapi_hardening.core.cache_levels import CacheMetrics
 from fastapi_hardening.core.charge import Declarations
 from fastapi_hardening.core.check import CheckResult, Checks
 from fastapi_hardening.core.client_ip import ClientAddressResolver
@@ -27,6 +28,7 @@ from fastapi_hardening.observability.health import Health, is_probe
 from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.observability.tracing import Tracing
 from fastapi_hardening.overview import Observability
+from fastapi_hardening.performance.cache import Cache
 from fastapi_hardening.resilience.circuit_breaker import CircuitBreakers
 from fastapi_hardening.resilience.load_shedding import Shedder
 from fastapi_hardening.resilience.retry import Retries
@@ -119,6 +121,7 @@ class Hardening:
         retries: Retry policies by name.
         upstreams: Other services by name; :meth:`upstream` gives the client of one.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
+        cache: What is slow to make and kept for a while; use it in endpoints.
         auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
         load: How much there is to do; add queues of your own.
@@ -147,6 +150,7 @@ class Hardening:
     retries: Retries
     upstreams: Upstreams
     store: StateStore
+    cache: Cache
     auth: Gate
     lifecycle: Lifecycle
     load: Load
@@ -202,6 +206,16 @@ class Hardening:
         self.store = MemoryStore(clock=self.clock)
         if settings.state_url is not None:
             self.store = self._shared_store(settings.state_url.get_secret_value(), clock)
+        self.cache = Cache(
+            settings.cache,
+            store=shared(self.store),
+            metrics=CacheMetrics(self.metrics.registry),
+            events=self.events,
+            clock=self.clock,
+            service_name=self.service_name,
+        )
+        if not self.cache.levels.only_memory:
+            self.checks.add("cache", self.cache.check, critical=False)
         self.auth = Gate(
             settings.auth,
             authenticators,
@@ -216,10 +230,10 @@ class Hardening:
             allow=self.allow,
             events=self.events,
             clock=self.clock,
-            store=_shared(self.store),
+            store=shared(self.store),
         )
         self.breakers = CircuitBreakers(
-            settings.circuit_breaker, events=self.events, clock=self.clock, store=_shared(self.store)
+            settings.circuit_breaker, events=self.events, clock=self.clock, store=shared(self.store)
         )
         self.retries = Retries(settings.retry, events=self.events, clock=self.clock)
         self.upstreams = Upstreams(
@@ -243,7 +257,7 @@ class Hardening:
             load=self.load if degradation.enabled and degradation.by_load else None,
             recovery_seconds=degradation.recovery_seconds,
             checks=self.checks,
-            store=_shared(self.store),
+            store=shared(self.store),
             sync_seconds=degradation.sync_seconds,
             events=self.events,
             clock=self.clock,
@@ -319,7 +333,7 @@ class Hardening:
         return CheckResult("warn", f"{proxy} sends forwarding headers; if it is your proxy, add it to trusted_proxies")
 
 
-def _shared(store: StateStore) -> StateStore | None:
+def shared(store: StateStore) -> StateStore | None:
     """The store, if other processes see it too."""
     return None if isinstance(store, MemoryStore) else store
 

@@ -19,12 +19,13 @@ from opentelemetry.trace import TracerProvider
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastapi_hardening.api import errors
+from fastapi_hardening.api import errors, idempotency
+from fastapi_hardening.api.idempotency import IdempotencyMiddleware
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.identity import Authenticator
-from fastapi_hardening.handle import Hardening, Slot
+from fastapi_hardening.handle import Hardening, Slot, shared
 from fastapi_hardening.introductions import (
     adopt_slowapi,
     adopting,
@@ -44,6 +45,8 @@ from fastapi_hardening.observability.health import HealthMiddleware, details_gua
 from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_guard
 from fastapi_hardening.observability.request_context import RequestContextMiddleware
 from fastapi_hardening.observability.tracing import layer as tracing
+from fastapi_hardening.performance.compression import CompressionMiddleware
+from fastapi_hardening.performance.response_cache import ResponseCacheMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
 from fastapi_hardening.resilience.load_shedding import LoadSheddingMiddleware
 from fastapi_hardening.resilience.timeout import TimeoutMiddleware
@@ -118,9 +121,14 @@ INBOUND: tuple[Slot, ...] = (
          lambda h, app: InputValidationMiddleware(app, h.settings.input_validation, report=h.validation)),
     Slot("timeout", "timeout", "504 where a handler has not begun to answer in time",
          lambda h, app: TimeoutMiddleware(app, h.settings.timeout, clock=h.clock)),
-    Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
-    Slot("compression", "compression", "compresses answers"),
-    Slot("response cache", "response_cache", "answers from memory, after authorisation"),
+    Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation",
+         lambda h, app: IdempotencyMiddleware(
+             app, h.settings.idempotency, store=shared(h.store), events=h.events, clock=h.clock)),
+    Slot("compression", "compression", "compresses answers",
+         lambda h, app: CompressionMiddleware(app, h.settings.compression)),
+    Slot("response cache", "response_cache", "answers from memory, after authorisation",
+         lambda h, app: ResponseCacheMiddleware(
+             app, h.settings.response_cache, levels=h.cache.levels, clock=h.clock)),
 )  # fmt: skip
 
 # A call of another service meets these from top to bottom, its answer from bottom to top; for each upstream anew.
@@ -221,6 +229,7 @@ def harden(
                     handle.lifecycle.finish("lifespan")
                     yield state
             finally:
+                await handle.cache.close()
                 await handle.upstreams.close()
                 await handle.tracing.stop()
                 await handle.store.close()
@@ -232,6 +241,8 @@ def harden(
     if handle.settings.errors.enabled and handle.settings.errors.format == "problem":
         errors.describe(app)  # now, for a document that is exported without serving; again when the stack is built
     auth_openapi.describe(app, handle.auth)
+    if handle.settings.idempotency.enabled:
+        idempotency.describe(app)
     introduce(handle)
     for key in handle.settings.without_effect():
         logger.warning("%s is set, but this concern is not built yet, so it has no effect", key)

@@ -24,6 +24,7 @@ from fastapi_hardening.handle import Hardening
 from fastapi_hardening.observability.health import HealthChanged
 from fastapi_hardening.observability.request_context import ContextMaker
 from fastapi_hardening.observability.tracing import record_exception
+from fastapi_hardening.performance import batcher
 from fastapi_hardening.performance.fast_routing import FastRouting
 from fastapi_hardening.resilience import circuit_breaker, concurrency, degradation, failover, load_shedding, retry
 from fastapi_hardening.resilience.degradation import Feature
@@ -45,6 +46,7 @@ logger = logging.getLogger("fastapi_hardening")
 def introduce(handle: Hardening) -> None:
     """Has concerns that know nothing of metrics and health counted and checked."""
     settings = handle.settings
+    batcher.measure(handle.metrics.registry, handle.events)
     if settings.csp_reports.enabled:
         csp_reports.measure(handle.metrics.registry, handle.events)
     if not settings.errors.reraise:

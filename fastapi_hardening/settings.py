@@ -21,6 +21,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from fastapi_hardening.api.docs_pages import DocsPagesSettings
 from fastapi_hardening.api.errors import ErrorsSettings
+from fastapi_hardening.api.idempotency import IdempotencySettings
 from fastapi_hardening.core.client_ip import UNIX, parse_network
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
 from fastapi_hardening.core.redis_address import read_address
@@ -32,7 +33,10 @@ from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.observability.tracing import TracingSettings
+from fastapi_hardening.performance.cache import CacheSettings
+from fastapi_hardening.performance.compression import CompressionSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
+from fastapi_hardening.performance.response_cache import ResponseCacheSettings
 from fastapi_hardening.resilience.circuit_breaker import CircuitBreakersSettings
 from fastapi_hardening.resilience.degradation import DegradationSettings
 from fastapi_hardening.resilience.load_shedding import LoadSheddingSettings
@@ -201,14 +205,17 @@ class Settings(BaseSettings):
     timeout: TimeoutSettings = TimeoutSettings()
     """Deadlines of handlers."""
 
-    idempotency: NotBuiltYet = NotBuiltYet()
-    """Replay of repeated requests; planned."""
+    idempotency: IdempotencySettings = IdempotencySettings()
+    """Requests that are sent twice and carried out once, on the routes that say so."""
 
-    compression: NotBuiltYet = NotBuiltYet()
-    """Compression of answers; planned."""
+    compression: CompressionSettings = CompressionSettings()
+    """Compression of answers."""
 
-    response_cache: NotBuiltYet = NotBuiltYet()
-    """Caching of answers; planned."""
+    response_cache: ResponseCacheSettings = ResponseCacheSettings()
+    """Answers that are kept, on the routes that say so."""
+
+    cache: CacheSettings = CacheSettings()
+    """What is slow to make and kept for a while."""
 
     degradation: DegradationSettings = DegradationSettings()
     """Features that can be off."""

@@ -73,6 +73,8 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "RateLimitMiddleware",
         "InputValidationMiddleware",
         "TimeoutMiddleware",
+        "IdempotencyMiddleware",
+        "ResponseCacheMiddleware",
     ]
     on = [layer.name for layer in handle.pipeline if layer.state == "on"]
     assert on == [
@@ -93,6 +95,8 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "rate limit",
         "input validation",
         "timeout",
+        "idempotency",
+        "response cache",
     ]
 
 

@@ -14,6 +14,7 @@ OPTIONAL = ("redis", "httpx2", "argon2", "itsdangerous", "nh3", "rich", "fastapi
 PUBLIC = [
     "Authorize",
     "Bulkhead",
+    "CacheResponse",
     "CheckResult",
     "ConfigurationError",
     "Cors",
@@ -22,6 +23,7 @@ PUBLIC = [
     "CurrentUser",
     "Feature",
     "Hardening",
+    "Idempotent",
     "InputPolicy",
     "OptionalUser",
     "Principal",

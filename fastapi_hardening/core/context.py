@@ -42,6 +42,7 @@ class RequestContext:
         error_format: ``problem`` (RFC 9457) or ``fastapi`` (``{"detail": ...}``).
         events: The event bus of the hardened application, or ``None`` outside one.
         features: Which features of it are on, or ``None`` outside one.
+        unique: The answer holds something that is for this request alone, such as a nonce, so nobody may keep it.
         hardened: The stack of a ``harden()`` call is around; a second one inside it steps aside.
         state: What single concerns keep for this request, each under its own class.
     """
@@ -63,6 +64,7 @@ class RequestContext:
         "state",
         "tenant",
         "traceparent",
+        "unique",
     )
 
     def __init__(
@@ -93,6 +95,7 @@ class RequestContext:
         self.fields: dict[bytes, bytes] | None = None
         self.principal: Any = None
         self.tenant: str | None = None
+        self.unique = False
         self.state: dict[type, Any] = {}
 
 

@@ -63,6 +63,7 @@ class Bulkhead(Override):
     """
 
     every_level_holds: ClassVar[bool] = True
+    may_refuse: ClassVar[bool] = False  # an answer that is there already takes no place
 
     def __init__(
         self,
