@@ -21,31 +21,21 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Self
 
+from fastapi_hardening.core import context as request_context
+
 _deadline: ContextVar[float | None] = ContextVar("fastapi_hardening.deadline", default=None)
 
 
 def remaining() -> float | None:
-    """Seconds until the deadline, below 0 when it is past; ``None`` without one."""
-    deadline = _deadline.get()
-    return None if deadline is None else deadline - time.monotonic()
+    """Seconds until the deadline, below 0 when it is past; ``None`` without one.
 
-
-def set_deadline(seconds: float) -> Token[float | None]:
-    """Sets the deadline without cancelling anybody; for who cancels by means of its own.
-
-    Args:
-        seconds: From now. An earlier deadline stays.
-
-    Returns:
-        What :func:`reset_deadline` takes.
+    While a request waits for its answer to begin, its own deadline counts, too.
     """
-    left = remaining()
-    return _deadline.set(time.monotonic() + (seconds if left is None else min(seconds, left)))
-
-
-def reset_deadline(token: Token[float | None]) -> None:
-    """Ends what :func:`set_deadline` began."""
-    _deadline.reset(token)
+    deadline = _deadline.get()
+    context = request_context.current()
+    if context is not None and context.deadline is not None:
+        deadline = context.deadline if deadline is None else min(deadline, context.deadline)
+    return None if deadline is None else deadline - time.monotonic()
 
 
 class within:  # noqa: N801 - reads as asyncio.timeout does
@@ -72,7 +62,8 @@ class within:  # noqa: N801 - reads as asyncio.timeout does
             if left is not None and left <= seconds:
                 # A moment before the outer one: the innermost knows best what took too long.
                 seconds = max(0.0, left - min(0.05, left / 10))
-            self._token = set_deadline(seconds)
+            own = time.monotonic() + seconds
+            self._token = _deadline.set(own if left is None else min(own, time.monotonic() + left))
             self._timeout = asyncio.timeout(seconds)
             await self._timeout.__aenter__()
         return self

@@ -5,7 +5,7 @@ pool of threads and of connections, and the memory. It is *not* a limit by clien
 ``concurrent``), nor load shedding, which looks at the whole process.
 
 There is no layer: the override is a dependency of the endpoint that runs, so no path leads around it, and routes
-without one pay nothing. It holds its permit until the answer has been sent, streams, websockets and background tasks
+without one pay nothing. It holds its place until the answer has been sent, streams, websockets and background tasks
 included. FastAPI's own ``Depends(..., max_concurrency=)`` bounds a dependency alike, but lets any number wait.
 
 Example:
@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import HTTPConnection
 
 from fastapi_hardening.core import context as request_context
-from fastapi_hardening.core.permits import Permits, PermitsExhausted
+from fastapi_hardening.core.concurrency import NoRoomError, Places
 from fastapi_hardening.core.policy import Override
 from fastapi_hardening.core.problem import IANA, Problem, retry_after, tell
 from fastapi_hardening.core.routes import RouteEntry
@@ -80,12 +80,12 @@ class Bulkhead(Override):
         if (max_queue or 0) < 0 or (max_wait_seconds is not None and max_wait_seconds <= 0) or retry_after_seconds <= 0:
             raise ValueError("a bulkhead's max_queue must be at least 0, its times above 0")
         self.name = name
-        self.permits = Permits(max_concurrency, max_queue=max_concurrency if max_queue is None else max_queue)
+        self.places = Places(max_concurrency, max_waiting=max_concurrency if max_queue is None else max_queue)
         self.max_wait_seconds = max_wait_seconds
         self.retry_after_seconds = retry_after_seconds
 
     async def after_routing(self, connection: HTTPConnection) -> AsyncIterator[None]:  # type: ignore[override]
-        """Holds a permit while the endpoint runs and its answer is sent."""
+        """Holds a place while the endpoint runs and its answer is sent."""
         context = request_context.ensure(connection.scope)
         held: set[Bulkhead] = context.state.setdefault(Bulkhead, set())
         if self in held:
@@ -93,8 +93,8 @@ class Bulkhead(Override):
             yield
             return
         try:
-            await self.permits.wait(self.max_wait_seconds)
-        except PermitsExhausted:
+            await self.places.take(self.max_wait_seconds)
+        except (NoRoomError, TimeoutError):
             problem = BulkheadFull(
                 "Too many requests of this kind are under way; come back later.",
                 headers=retry_after(self.retry_after_seconds),
@@ -106,7 +106,7 @@ class Bulkhead(Override):
             yield
         finally:
             held.discard(self)
-            self.permits.give_back()
+            self.places.give_back()
 
 
 class _Bulkheads(Collector):
@@ -127,8 +127,8 @@ class _Bulkheads(Collector):
             for bulkhead in entry.of(Bulkhead):
                 if isinstance(bulkhead, Bulkhead) and bulkhead not in named:
                     name = named[bulkhead] = bulkhead.name or entry.template or "unnamed"
-                    in_use.add_metric((name,), bulkhead.permits.in_use)
-                    waiting.add_metric((name,), bulkhead.permits.waiting)
+                    in_use.add_metric((name,), bulkhead.places.in_use)
+                    waiting.add_metric((name,), bulkhead.places.waiting)
         yield from (in_use, waiting)
 
     def _series(self) -> tuple[GaugeMetricFamily, GaugeMetricFamily]:

@@ -1,10 +1,12 @@
 """The deadline of a call: seen by what is further in, kept by whoever is earlier."""
 
 import asyncio
+import time
 
 import pytest
 
-from fastapi_hardening.core.call_deadline import remaining, reset_deadline, set_deadline, within
+from fastapi_hardening.core import context as request_context
+from fastapi_hardening.core.call_deadline import remaining, within
 
 
 def test_there_is_none_unless_somebody_has_set_one() -> None:
@@ -50,11 +52,14 @@ async def over() -> None:
         await asyncio.Event().wait()
 
 
-def test_who_cancels_by_other_means_only_sets_it() -> None:
-    """An earlier one stays."""
-    outer = set_deadline(5)
-    inner = set_deadline(50)
-    assert (remaining() or 999) <= 5
-    reset_deadline(inner)
-    reset_deadline(outer)
-    assert remaining() is None
+def test_deadline_of_the_request_counts_until_its_answer_begins() -> None:
+    """A call that is made for a request sees what the request has left, and no deadline once a stream has begun."""
+    context = request_context.ensure({"type": "http", "headers": []})
+    token = request_context.enter(context)
+    try:
+        context.deadline = time.monotonic() + 5
+        assert 0 < (remaining() or 0) <= 5
+        context.deadline = None
+        assert remaining() is None
+    finally:
+        request_context.leave(token)

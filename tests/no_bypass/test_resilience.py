@@ -37,7 +37,7 @@ def building(override: Callable[[], Any]) -> Build:
 
 def full() -> Bulkhead:
     bulkhead = Bulkhead(1, max_queue=0)
-    bulkhead.permits.take()
+    bulkhead.places.take_now()
     return bulkhead
 
 

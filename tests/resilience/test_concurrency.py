@@ -59,7 +59,7 @@ async def test_so_many_get_in_a_few_wait_and_the_rest_is_refused() -> None:
     handle = harden(app)
     asked = [asyncio.create_task(ask(app)) for _ in range(5)]
     await settle()
-    assert (bulkhead.permits.in_use, bulkhead.permits.waiting) == (2, 1)
+    assert (bulkhead.places.in_use, bulkhead.places.waiting) == (2, 1)
     gate.open.set()
     answers = await asyncio.gather(*asked)
     assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 503, 503]
@@ -67,13 +67,13 @@ async def test_so_many_get_in_a_few_wait_and_the_rest_is_refused() -> None:
     assert refused.json()["type"].endswith("#temporary-reduced-capacity")
     assert 3 <= int(refused.headers["retry-after"]) <= 6
     assert gate.most == 2
-    assert bulkhead.permits.in_use == 0
+    assert bulkhead.places.in_use == 0
     assert handle.events.count(RequestRefused) == 2
 
 
 async def test_as_many_wait_as_are_served_if_nobody_says_otherwise() -> None:
     """And any number may be refused in place of a route that is nobody's business."""
-    assert Bulkhead(7).permits.max_queue == 7
+    assert Bulkhead(7).places.max_waiting == 7
     app, gate = FastAPI(), Gate()
     app.get("/", dependencies=[Bulkhead(1, max_queue=0)])(gate.__call__)
     app.get("/other")(lambda: "ok")
@@ -95,7 +95,7 @@ async def test_one_object_is_one_bulkhead_wherever_it_stands() -> None:
 
     @router.get("/three")
     async def three(_held: Annotated[None, shared]) -> int:
-        return shared.permits.in_use
+        return shared.places.in_use
 
     app.include_router(router)
     first = asyncio.create_task(ask(app, "/one"))
@@ -105,7 +105,7 @@ async def test_one_object_is_one_bulkhead_wherever_it_stands() -> None:
     assert (await first).status_code == 200
     assert (await ask(app, "/two")).status_code == 200
     assert (await ask(app, "/three")).json() == 1
-    assert shared.permits.in_use == 0
+    assert shared.places.in_use == 0
 
 
 async def test_every_level_holds() -> None:
@@ -118,10 +118,10 @@ async def test_every_level_holds() -> None:
     first = asyncio.create_task(ask(app, "/narrow"))
     await settle()
     assert (await ask(app, "/narrow")).status_code == 503
-    assert (wide.permits.in_use, narrow.permits.in_use) == (1, 1)
+    assert (wide.places.in_use, narrow.places.in_use) == (1, 1)
     gate.open.set()
     await first
-    assert (wide.permits.in_use, narrow.permits.in_use) == (0, 0)
+    assert (wide.places.in_use, narrow.places.in_use) == (0, 0)
 
 
 async def test_who_waits_too_long_is_refused() -> None:
@@ -142,7 +142,7 @@ async def test_a_deadline_ends_the_wait_and_gives_the_permit_back() -> None:
     harden(app)
     answers = await asyncio.gather(ask(app), ask(app))
     assert [answer.status_code for answer in answers] == [504, 504]
-    assert (bulkhead.permits.in_use, bulkhead.permits.waiting) == (0, 0)
+    assert (bulkhead.places.in_use, bulkhead.places.waiting) == (0, 0)
 
 
 async def test_a_stream_holds_its_permit_to_the_end() -> None:
@@ -163,7 +163,7 @@ async def test_a_stream_holds_its_permit_to_the_end() -> None:
     assert (await ask(app)).status_code == 503
     go_on.set()
     assert (await first).content == b"onetwo"
-    assert bulkhead.permits.in_use == 0
+    assert bulkhead.places.in_use == 0
 
 
 def test_a_failing_endpoint_gives_its_permit_back() -> None:
@@ -176,7 +176,7 @@ def test_a_failing_endpoint_gives_its_permit_back() -> None:
 
     client = TestClient(app, raise_server_exceptions=False)
     assert [client.get("/").status_code for _ in range(3)] == [500, 500, 500]
-    assert bulkhead.permits.in_use == 0
+    assert bulkhead.places.in_use == 0
 
 
 def test_a_websocket_holds_its_permit_while_it_is_open() -> None:
@@ -195,7 +195,7 @@ def test_a_websocket_holds_its_permit_while_it_is_open() -> None:
             raise AssertionError("was accepted")
         assert denied.value.status_code == 503
         websocket.send_text("bye")
-    assert bulkhead.permits.in_use == 0
+    assert bulkhead.places.in_use == 0
 
 
 @pytest.mark.parametrize(
