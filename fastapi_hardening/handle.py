@@ -29,6 +29,7 @@ from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.observability.tracing import Tracing
 from fastapi_hardening.overview import Observability
 from fastapi_hardening.performance.cache import Cache
+from fastapi_hardening.performance.monitor import Monitor
 from fastapi_hardening.resilience.circuit_breaker import CircuitBreakers
 from fastapi_hardening.resilience.load_shedding import Shedder
 from fastapi_hardening.resilience.retry import Retries
@@ -112,6 +113,7 @@ class Hardening:
         health: Runs the checks, and remembers what they said.
         validation: What the validator found on each route, and whether refusing it would hurt anybody.
         metrics: What is recorded; add your own series and functions.
+        monitor: Which requests are slow, and what blocks the event loop.
         tracing: What makes the spans of requests, and where they go.
         alerts: What is wrong now, and who is told; silence rules and add sinks here.
         observability: One look at life, health, requests, traces and alerts.
@@ -141,6 +143,7 @@ class Hardening:
     health: Health
     validation: ValidationReport
     metrics: Recorder
+    monitor: Monitor
     tracing: Tracing
     alerts: Alerts
     observability: Observability
@@ -250,6 +253,9 @@ class Hardening:
             settings.trusted_proxies, forwarded_header=settings.forwarded_header, events=self.events
         )
         self.load = Load(self.events)
+        self.monitor = Monitor(settings.monitor, load=self.load, events=self.events, clock=self.clock)
+        if settings.monitor.enabled:
+            self.metrics.watch = self.monitor.record
         self.shedder = Shedder(settings.load_shedding)
         degradation = settings.degradation
         self.features = Features(
@@ -275,6 +281,7 @@ class Hardening:
             metrics=self.metrics,
             tracing=self.tracing,
             alerts=self.alerts,
+            monitor=self.monitor,
         )
         self.checks.add("client_address", self._client_address, critical=False)
         if isinstance(self.auth.keys, RemoteKeys):

@@ -36,6 +36,7 @@ from fastapi_hardening.observability.tracing import TracingSettings
 from fastapi_hardening.performance.cache import CacheSettings
 from fastapi_hardening.performance.compression import CompressionSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
+from fastapi_hardening.performance.monitor import MonitorSettings
 from fastapi_hardening.performance.response_cache import ResponseCacheSettings
 from fastapi_hardening.resilience.circuit_breaker import CircuitBreakersSettings
 from fastapi_hardening.resilience.degradation import DegradationSettings
@@ -155,6 +156,9 @@ class Settings(BaseSettings):
 
     tracing: TracingSettings = TracingSettings()
     """One OpenTelemetry span a request."""
+
+    monitor: MonitorSettings = MonitorSettings()
+    """Slow requests, and what blocks the event loop."""
 
     alerts: AlertsSettings = AlertsSettings()
     """When somebody is told that the service is not well."""
