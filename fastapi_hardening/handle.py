@@ -9,6 +9,7 @@ from opentelemetry.trace import TracerProvider
 from prometheus_client import Gauge
 from starlette.types import ASGIApp
 
+from fastapi_hardening.api.realtime import Realtime
 from fastapi_hardening.core.cache_levels import CacheMetrics
 from fastapi_hardening.core.charge import Declarations
 from fastapi_hardening.core.check import CheckResult, Checks
@@ -124,6 +125,7 @@ class Hardening:
         upstreams: Other services by name; :meth:`upstream` gives the client of one.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         cache: What is slow to make and kept for a while; use it in endpoints.
+        realtime: Channels of websockets and event streams; publish, and say who may subscribe.
         auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
         load: How much there is to do; add queues of your own.
@@ -154,6 +156,7 @@ class Hardening:
     upstreams: Upstreams
     store: StateStore
     cache: Cache
+    realtime: Realtime
     auth: Gate
     lifecycle: Lifecycle
     load: Load
@@ -271,6 +274,13 @@ class Hardening:
         self.lifecycle = Lifecycle(
             drain_delay_seconds=settings.health.drain_delay_seconds,
             drain_deadline_seconds=settings.health.drain_deadline_seconds,
+            events=self.events,
+            clock=self.clock,
+        )
+        self.realtime = Realtime(
+            settings.realtime,
+            channels=self.store.channels("realtime") if isinstance(self.store, RedisStore) else None,
+            lifecycle=self.lifecycle,
             events=self.events,
             clock=self.clock,
         )

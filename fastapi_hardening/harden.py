@@ -224,7 +224,12 @@ def harden(
         with handle.lifecycle.on_sigterm() if drains else nullcontext(), handle.monitor.running():
             await handle.store.open()
             try:
-                async with handle.alerts.running(), handle.breakers.sharing(), lifespan(application) as state:
+                async with (
+                    handle.alerts.running(),
+                    handle.breakers.sharing(),
+                    handle.realtime.running(),
+                    lifespan(application) as state,
+                ):
                     handle.tracing.start()
                     handle.lifecycle.finish("lifespan")
                     yield state

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from prometheus_client import Gauge
 from starlette.types import Scope
 
-from fastapi_hardening.api import docs_pages, errors
+from fastapi_hardening.api import docs_pages, errors, realtime
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.headers import RawHeaders
@@ -69,6 +69,8 @@ def introduce(handle: Hardening) -> None:
         load_shedding.measure(handle.metrics.registry, handle.shedder)
     if settings.monitor.enabled:
         monitor.measure(handle.metrics.registry, handle.events, handle.monitor)
+    if settings.realtime.enabled:
+        realtime.measure(handle.metrics.registry, handle.events, handle.realtime)
     concurrency.measure(handle.metrics.registry, handle.table)
     if settings.degradation.enabled:
         degradation.measure(handle.metrics.registry, handle.features)

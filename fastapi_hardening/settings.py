@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from fastapi_hardening.api.docs_pages import DocsPagesSettings
 from fastapi_hardening.api.errors import ErrorsSettings
 from fastapi_hardening.api.idempotency import IdempotencySettings
+from fastapi_hardening.api.realtime import RealtimeSettings
 from fastapi_hardening.core.client_ip import UNIX, parse_network
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
 from fastapi_hardening.core.redis_address import read_address
@@ -232,6 +233,9 @@ class Settings(BaseSettings):
 
     upstreams: dict[str, UpstreamSettings] = Field(default_factory=dict)
     """Other services by name, with everything that stands around their calls."""
+
+    realtime: RealtimeSettings = RealtimeSettings()
+    """Channels of websockets and event streams."""
 
     docs_pages: DocsPagesSettings = DocsPagesSettings()
     """The pages of the API's documentation."""
