@@ -7,6 +7,7 @@ Example:
     >>> handle = harden(app)
 """
 
+from fastapi_hardening.api.tenancy import CurrentTenant, RequireTenant, Tenant, current_tenant
 from fastapi_hardening.core.check import CheckResult
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.identity import Principal
@@ -40,6 +41,7 @@ __all__ = [
     "Cors",
     "CspNonce",
     "CurrentRequest",
+    "CurrentTenant",
     "CurrentUser",
     "Hardening",
     "InputPolicy",
@@ -53,12 +55,15 @@ __all__ = [
     "RequirePermissions",
     "RequireRoles",
     "RequireScopes",
+    "RequireTenant",
     "RequireUser",
     "SecurityHeaders",
     "Settings",
+    "Tenant",
     "WebSocketLimits",
     "configure_logging",
     "csp_nonce_context",
+    "current_tenant",
     "harden",
 ]
 

@@ -9,6 +9,7 @@ from opentelemetry.trace import TracerProvider
 from prometheus_client import Gauge
 from starlette.types import ASGIApp
 
+from fastapi_hardening.api.tenancy import FindTenant, Tenancy
 from fastapi_hardening.core.charge import Declarations
 from fastapi_hardening.core.check import CheckResult, Checks
 from fastapi_hardening.core.client_ip import ClientAddressResolver
@@ -108,6 +109,7 @@ class Hardening:
         allow: Who is never limited nor banned; ``None`` for nobody.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         auth: Who calls, and what they may do.
+        tenancy: Whose data a request is about; forget a tenant here when it is closed.
         lifecycle: Whether the process starts, serves or drains.
         client_addresses: Finds the client's address.
         table: The routes of the application and of everything mounted under it.
@@ -130,6 +132,7 @@ class Hardening:
     allow: AllowList | None
     store: StateStore
     auth: Gate
+    tenancy: Tenancy
     lifecycle: Lifecycle
     client_addresses: ClientAddressResolver
     table: RouteTable
@@ -144,6 +147,7 @@ class Hardening:
         *,
         authenticators: Sequence[Authenticator] = (),
         permissions_of: PermissionsOf | None = None,
+        tenants: FindTenant | None = None,
         tracer_provider: TracerProvider | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -188,6 +192,7 @@ class Hardening:
             events=self.events,
             clock=self.clock,
         )
+        self.tenancy = Tenancy(settings.tenancy, tenants, clock=self.clock)
         self.allow = AllowList(settings.rate_limit.allow) if settings.rate_limit.allow else None
         self.bans = BanList(
             settings.bans,

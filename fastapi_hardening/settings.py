@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from fastapi_hardening.api.docs_pages import DocsPagesSettings
 from fastapi_hardening.api.errors import ErrorsSettings
+from fastapi_hardening.api.tenancy import TenancySettings
 from fastapi_hardening.core.client_ip import UNIX, parse_network
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
 from fastapi_hardening.core.redis_address import read_address
@@ -179,8 +180,8 @@ class Settings(BaseSettings):
     auth: AuthSettings = AuthSettings()
     """Who calls, and whether the route lets them."""
 
-    tenancy: NotBuiltYet = NotBuiltYet()
-    """Tenants; planned."""
+    tenancy: TenancySettings = TenancySettings()
+    """Whose data a request is about."""
 
     rate_limit: RateLimitSettings = RateLimitSettings()
     """Rate limits."""

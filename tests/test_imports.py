@@ -18,6 +18,7 @@ PUBLIC = [
     "Cors",
     "CspNonce",
     "CurrentRequest",
+    "CurrentTenant",
     "CurrentUser",
     "Hardening",
     "InputPolicy",
@@ -31,12 +32,15 @@ PUBLIC = [
     "RequirePermissions",
     "RequireRoles",
     "RequireScopes",
+    "RequireTenant",
     "RequireUser",
     "SecurityHeaders",
     "Settings",
+    "Tenant",
     "WebSocketLimits",
     "configure_logging",
     "csp_nonce_context",
+    "current_tenant",
     "harden",
 ]
 

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel, Field
 from starlette.requests import HTTPConnection
 
-from fastapi_hardening import Hardening, Principal, Problem, RateLimit, RequireScopes, Settings, harden
+from fastapi_hardening import Hardening, Principal, Problem, RateLimit, RequireScopes, Settings, Tenant, harden
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.identity import InvalidCredentials
 from fastapi_hardening.core.problem import OWN
@@ -121,6 +121,23 @@ def closed(token: str | None, **headers: str) -> httpx2.Response:
     return TestClient(app).post("/orders", headers={**authorization, **headers})
 
 
+def in_tenancy(path: str, *also: str, **headers: str) -> httpx2.Response:
+    app = FastAPI()
+
+    @app.get("/{tenant}")
+    async def data(tenant: str) -> None: ...
+
+    def find(name: str) -> Tenant | None:
+        if name == "down":
+            raise ConnectionError("no database")
+        return None if name == "nobody" else Tenant(name)
+
+    tenancy = {"sources": ["path", "header"], "trusted_callers": ["127.0.0.1"]}
+    harden(app, Settings.model_validate({"tenancy": tenancy}), authenticators=[Tokens()], tenants=find)
+    fields = [("X-Tenant", name) for name in also] + list(headers.items())
+    return TestClient(app, client=("127.0.0.1", 1)).get(path, headers=fields)
+
+
 def an_attack(_client: TestClient) -> httpx2.Response:
     app = FastAPI()
     harden(app, Settings(_env_file=None, input_validation={"mode": "enforce"}))
@@ -136,6 +153,11 @@ CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "invalid-credentials": lambda _: closed("forged"),
     "not-allowed": lambda _: closed("anna"),
     "cross-site-request": lambda _: closed("anna", **{"Sec-Fetch-Site": "cross-site"}),
+    "tenant-required": lambda _: in_tenancy("/"),
+    "tenant-ambiguous": lambda _: in_tenancy("/north", "south"),
+    "cross-tenant-request": lambda _: in_tenancy("/north", authorization="Bearer anna"),
+    "tenant-unknown": lambda _: in_tenancy("/nobody"),
+    "tenant-unavailable": lambda _: in_tenancy("/down"),
     "authentication-unavailable": lambda _: closed("down"),
     "quota-exceeded": too_many,
     "abnormal-usage-detected": a_flood,
