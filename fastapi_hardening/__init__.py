@@ -8,6 +8,7 @@ Example:
 """
 
 from fastapi_hardening.api.tenancy import CurrentTenant, RequireTenant, Tenant, current_tenant
+from fastapi_hardening.api.versioning import CurrentVersion, Version
 from fastapi_hardening.core.check import CheckResult
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.identity import Principal
@@ -43,6 +44,7 @@ __all__ = [
     "CurrentRequest",
     "CurrentTenant",
     "CurrentUser",
+    "CurrentVersion",
     "Hardening",
     "InputPolicy",
     "OptionalUser",
@@ -60,6 +62,7 @@ __all__ = [
     "SecurityHeaders",
     "Settings",
     "Tenant",
+    "Version",
     "WebSocketLimits",
     "configure_logging",
     "csp_nonce_context",

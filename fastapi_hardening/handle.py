@@ -10,6 +10,7 @@ from prometheus_client import Gauge
 from starlette.types import ASGIApp
 
 from fastapi_hardening.api.tenancy import FindTenant, Tenancy
+from fastapi_hardening.api.versioning import Versions
 from fastapi_hardening.core.charge import Declarations
 from fastapi_hardening.core.check import CheckResult, Checks
 from fastapi_hardening.core.client_ip import ClientAddressResolver
@@ -109,6 +110,7 @@ class Hardening:
         allow: Who is never limited nor banned; ``None`` for nobody.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         auth: Who calls, and what they may do.
+        versions: Which versions of the API there are.
         tenancy: Whose data a request is about; forget a tenant here when it is closed.
         lifecycle: Whether the process starts, serves or drains.
         client_addresses: Finds the client's address.
@@ -132,6 +134,7 @@ class Hardening:
     allow: AllowList | None
     store: StateStore
     auth: Gate
+    versions: Versions
     tenancy: Tenancy
     lifecycle: Lifecycle
     client_addresses: ClientAddressResolver
@@ -192,6 +195,7 @@ class Hardening:
             events=self.events,
             clock=self.clock,
         )
+        self.versions = Versions(settings.versioning, clock=self.clock)
         self.tenancy = Tenancy(settings.tenancy, tenants, clock=self.clock)
         self.allow = AllowList(settings.rate_limit.allow) if settings.rate_limit.allow else None
         self.bans = BanList(

@@ -21,6 +21,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_hardening.api import errors
 from fastapi_hardening.api.tenancy import FindTenant, TenancyMiddleware
+from fastapi_hardening.api.versioning import VersioningMiddleware
+from fastapi_hardening.api.versioning import check_routes as check_versions
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError
@@ -103,7 +105,8 @@ INBOUND: tuple[Slot, ...] = (
     Slot("websocket limits", "websocket_limits", "who may open websockets, what they may send, how long they stay",
          lambda h, app: WebSocketLimitsMiddleware(
              app, h.settings.websocket_limits, admits=allowed_origins(h), lifecycle=h.lifecycle, clock=h.clock)),
-    Slot("version", "versioning", "which version of the API is asked for"),
+    Slot("version", "versioning", "which version of the API is asked for",
+         lambda h, app: VersioningMiddleware(app, versions=h.versions)),
     Slot("authentication", "auth", "who calls, and whether the route lets them",
          lambda h, app: AuthenticationMiddleware(app, gate=h.auth)),
     Slot("tenancy", "tenancy", "whose data it is about",
@@ -175,6 +178,7 @@ def harden(
     def build_hardened_stack() -> ASGIApp:
         adopt_all(handle.table.built())
         check_routes(handle.auth, handle.table)
+        check_versions(handle.table, handle.settings.versioning)
         handle.table.on_rebuilt += [adopt_all, telling_of_routes(handle)]
         taken = take_over(app, handle.settings.cors)
         handle.cors = taken or handle.settings.cors

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from prometheus_client import Gauge
 from starlette.types import Scope
 
-from fastapi_hardening.api import docs_pages, errors, tenancy
+from fastapi_hardening.api import docs_pages, errors, tenancy, versioning
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.context import RequestContext
@@ -44,6 +44,8 @@ logger = logging.getLogger("fastapi_hardening")
 def introduce(handle: Hardening) -> None:
     """Has concerns that know nothing of metrics and health counted and checked."""
     settings = handle.settings
+    if settings.versioning.enabled:
+        handle.versions.count = versioning.measure(handle.metrics.registry)
     if settings.tenancy.enabled and settings.tenancy.max_measured:
         handle.tenancy.count = tenancy.measure(handle.metrics.registry, settings.tenancy.max_measured)
     if settings.csp_reports.enabled:
@@ -99,6 +101,8 @@ def adopting(handle: Hardening) -> Callable[[RouteTable], None]:
                 errors.install(application, handle.settings.errors)
             if docs.enabled:
                 docs_pages.install(application, docs, nonce=csp_nonce, policies=policies)
+            if handle.settings.versioning.enabled and isinstance(application, FastAPI):
+                versioning.describe(application, handle.versions)
             if not handle.auth.idle and isinstance(application, FastAPI):
                 auth_openapi.describe(application, handle.auth)
             route(application, handle)
@@ -137,6 +141,7 @@ def telling_of_routes(handle: Hardening) -> Callable[[RouteTable], None]:
     def tell(table: RouteTable) -> None:
         try:
             check_routes(handle.auth, table)
+            versioning.check_routes(table, handle.settings.versioning)
         except ConfigurationError as error:
             logger.warning("%s", error)
 

@@ -1,1 +1,1 @@
-"""The interface itself: errors, tenants; versions and more to come."""
+"""The interface itself: errors, versions, tenants."""

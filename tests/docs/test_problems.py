@@ -138,6 +138,14 @@ def in_tenancy(path: str, *also: str, **headers: str) -> httpx2.Response:
     return TestClient(app, client=("127.0.0.1", 1)).get(path, headers=fields)
 
 
+def of_version(version: str) -> httpx2.Response:
+    app = FastAPI()
+    old = {"version": "1", "since": "2020-01-01T00:00:00Z", "sunset": "2020-07-01T00:00:00Z"}
+    versioning = {"versions": ["1", "2"], "deprecated": [old], "after_sunset": "gone"}
+    harden(app, Settings.model_validate({"versioning": versioning}))
+    return TestClient(app).get("/", headers={"API-Version": version})
+
+
 def an_attack(_client: TestClient) -> httpx2.Response:
     app = FastAPI()
     harden(app, Settings(_env_file=None, input_validation={"mode": "enforce"}))
@@ -149,6 +157,8 @@ CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "validation-failed": lambda client: client.post("/orders", json={"lines": [{"quantity": 0}]}),
     "internal-error": lambda client: client.get("/boom"),
     "temporary-reduced-capacity": past_the_deadline,
+    "version-not-served": lambda _: of_version("9"),
+    "version-gone": lambda _: of_version("1"),
     "authentication-required": lambda _: closed(None),
     "invalid-credentials": lambda _: closed("forged"),
     "not-allowed": lambda _: closed("anna"),
