@@ -7,6 +7,7 @@ Example:
     >>> handle = harden(app)
 """
 
+from fastapi_hardening.api.idempotency import Idempotent
 from fastapi_hardening.api.tenancy import CurrentTenant, RequireTenant, Tenant, current_tenant
 from fastapi_hardening.api.versioning import CurrentVersion, Version
 from fastapi_hardening.core.check import CheckResult
@@ -17,6 +18,11 @@ from fastapi_hardening.handle import Hardening
 from fastapi_hardening.harden import harden
 from fastapi_hardening.observability.access_log import configure_logging
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
+from fastapi_hardening.performance.response_cache import CacheResponse
+from fastapi_hardening.resilience.concurrency import Bulkhead
+from fastapi_hardening.resilience.degradation import Feature
+from fastapi_hardening.resilience.load_shedding import Priority
+from fastapi_hardening.resilience.timeout import Timeout
 from fastapi_hardening.security.auth.overrides import (
     Authorize,
     CurrentUser,
@@ -37,6 +43,8 @@ from fastapi_hardening.settings import Settings
 
 __all__ = [
     "Authorize",
+    "Bulkhead",
+    "CacheResponse",
     "CheckResult",
     "ConfigurationError",
     "Cors",
@@ -45,10 +53,13 @@ __all__ = [
     "CurrentTenant",
     "CurrentUser",
     "CurrentVersion",
+    "Feature",
     "Hardening",
+    "Idempotent",
     "InputPolicy",
     "OptionalUser",
     "Principal",
+    "Priority",
     "Problem",
     "Public",
     "RateLimit",
@@ -62,6 +73,7 @@ __all__ = [
     "SecurityHeaders",
     "Settings",
     "Tenant",
+    "Timeout",
     "Version",
     "WebSocketLimits",
     "configure_logging",

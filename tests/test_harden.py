@@ -25,7 +25,7 @@ from fastapi_hardening.settings import NotBuiltYet
 ORDER = (
     "probes, request context, access log, metrics, tracing, security headers, CORS, errors, drain, load shedding, "
     "request limits, address limit, security.txt, CSP reports, websocket limits, version, authentication, tenancy, "
-    "rate limit, input validation, idempotency, compression, response cache"
+    "rate limit, input validation, timeout, idempotency, compression, response cache"
 )
 
 
@@ -65,12 +65,16 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "CorsMiddleware",
         "ErrorsMiddleware",
         "DrainMiddleware",
+        "LoadSheddingMiddleware",
         "RequestLimitsMiddleware",
         "AddressLimitMiddleware",
         "WebSocketLimitsMiddleware",
         "AuthenticationMiddleware",
         "RateLimitMiddleware",
         "InputValidationMiddleware",
+        "TimeoutMiddleware",
+        "IdempotencyMiddleware",
+        "ResponseCacheMiddleware",
     ]
     on = [layer.name for layer in handle.pipeline if layer.state == "on"]
     assert on == [
@@ -83,12 +87,16 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "CORS",
         "errors",
         "drain",
+        "load shedding",
         "request limits",
         "address limit",
         "websocket limits",
         "authentication",
         "rate limit",
         "input validation",
+        "timeout",
+        "idempotency",
+        "response cache",
     ]
 
 
@@ -98,7 +106,7 @@ def test_what_is_switched_off_is_not_there() -> None:
     off: Any = {"enabled": False}
     handle = harden(app, Settings(**{slot.setting: off for slot in INBOUND}))
     assert layers(app) == ["ServerErrorMiddleware", "_StepAside", "RequestContextMiddleware"]
-    assert {layer.state for layer in handle.pipeline} == {"off", "planned"}
+    assert {layer.state for layer in handle.pipeline} == {"off"}
     answer = TestClient(app).get("/nope")
     assert "x-request-id" not in answer.headers
     assert answer.json() == {"detail": "Not Found"}

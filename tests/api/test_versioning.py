@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from fastapi_hardening import ConfigurationError, CurrentVersion, Settings, Version, harden
+from fastapi_hardening import ConfigurationError, CurrentVersion, Idempotent, Settings, Version, current_tenant, harden
 from fastapi_hardening.api.versioning import (
     Asked,
     VersioningMiddleware,
@@ -22,6 +22,7 @@ from fastapi_hardening.api.versioning import (
 )
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.problem import Problem
+from fastapi_hardening.performance.response_cache import CacheResponse
 
 SINCE, SUNSET, LINK = "2026-01-01T00:00:00Z", "2026-07-01T02:00:00+02:00", "https://shop.test/migration"
 VALUES: dict[str, Any] = {
@@ -286,6 +287,30 @@ def test_alone_it_needs_nothing_else() -> None:
     plain.get("/some")(told)
     plain.add_middleware(VersioningMiddleware, settings=VersioningSettings(versions=("1", "2"), sources=("path",)))
     assert "vary" not in TestClient(plain).get("/some", headers={"API-Version": "1"}).headers
+
+
+def test_what_keeps_answers_keeps_versions_and_tenants_apart() -> None:
+    """A cache gives nobody the answer of another version or tenant, nor is one replayed for a repeated key."""
+    app = FastAPI()
+
+    async def whose(version: CurrentVersion) -> list[str | None]:
+        tenant = current_tenant()
+        return [version, tenant.id if tenant else None]
+
+    app.get("/kept", dependencies=[CacheResponse(60, per="everybody")])(whose)
+    app.post("/once", dependencies=[Idempotent()])(whose)
+    tenancy = {"sources": ["header"], "trusted_callers": ["127.0.0.1"]}
+    harden(app, Settings.model_validate({"versioning": VALUES, "tenancy": tenancy}))
+    client = TestClient(app, client=("127.0.0.1", 1))
+    for _ in range(2):
+        for version in "12":
+            for tenant in ("north", "south"):
+                sent = {"API-Version": version, "X-Tenant": tenant, "Idempotency-Key": "k"}
+                assert client.get("/kept", headers=sent).json() == [version, tenant]
+                once = client.post("/once", headers=sent)
+                assert once.status_code == 422 if version == "2" else once.json() == ["1", tenant]
+    kept = client.get("/kept", headers={"API-Version": "1", "X-Tenant": "north"})
+    assert "hit" in kept.headers["cache-status"]
 
 
 # --- routes and documents ---------------------------------------------------------------------------------------------
