@@ -93,6 +93,7 @@ BUDGET_US: Mapping[str, float] = {
     "tenancy": 1.0,
     "rate limit": 5.0,
     "input validation": 5.0,
+    "timeout": 3.0,
     "idempotency": 0.5,
     "compression": 1.0,
     "response cache": 1.0,

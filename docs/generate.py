@@ -19,8 +19,9 @@ from pydantic_core import PydanticUndefined
 from fastapi_hardening.audit import CHECKS
 from fastapi_hardening.core.sources import PREFIX
 from fastapi_hardening.handle import Slot
-from fastapi_hardening.harden import INBOUND
+from fastapi_hardening.harden import INBOUND, OUTBOUND
 from fastapi_hardening.settings import PROFILES, NotBuiltYet, Settings
+from fastapi_hardening.upstreams import OutboundSlot
 
 DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -40,7 +41,15 @@ def pipeline() -> Iterator[str]:
         yield _row(str(number), _linked(slot), state, f"`{slot.setting}.enabled`", slot.purpose)
 
 
-def _linked(slot: Slot) -> str:
+def outbound() -> Iterator[str]:
+    """The layers around a call of an upstream."""
+    yield from _head("", "layer", "settings", "purpose")
+    for number, slot in enumerate(OUTBOUND, start=1):
+        key = f"`upstreams.NAME.{slot.setting}`"
+        yield _row(str(number), _linked(slot), key, slot.purpose)
+
+
+def _linked(slot: Slot | OutboundSlot) -> str:
     """The name of a layer, as a link where its concern has a page."""
     for name in (slot.name, slot.setting):
         page = f"concerns/{re.sub('[ _]', '-', name.lower())}.md"
@@ -60,7 +69,9 @@ def settings() -> Iterator[str]:
         yield ""
         yield _text(field.description)
         yield ""
-        yield from _table(list(_rows(model, (name,))))
+        # Sections of one kind have names of the user's choice.
+        above = (name,) if _model_in(Settings.model_fields[name].annotation) else (name, "NAME")
+        yield from _table(list(_rows(model, above)))
     yield "### Planned concerns { #planned }"
     yield ""
     yield "Their names are taken, and switching one on is refused. The other keys are accepted and do **nothing** yet."
@@ -95,6 +106,7 @@ def checks() -> Iterator[str]:
 
 GENERATORS: dict[str, Callable[[], Iterator[str]]] = {
     "pipeline": pipeline,
+    "outbound": outbound,
     "settings": settings,
     "profiles": profiles,
     "checks": checks,
@@ -112,7 +124,11 @@ def _fields() -> tuple[list[tuple[str, FieldInfo]], Concerns, Concerns]:
     for name, field in Settings.model_fields.items():
         model = _model_in(field.annotation)
         if model is None:
-            general.append((name, field))
+            named = [each for each in get_args(field.annotation) if _model_in(each) is not None]
+            if named:
+                built.append((name, named[0], field))
+            else:
+                general.append((name, field))
         else:
             (planned if issubclass(model, NotBuiltYet) else built).append((name, model, field))
     return general, built, planned
@@ -125,9 +141,9 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 def _rows(model: type[BaseModel], above: Path_) -> Iterator[tuple[Path_, FieldInfo]]:
     """The keys of a concern, and in place of a part with keys of its own those keys."""
     for key, field in model.model_fields.items():
-        # A list of parts is one value.
-        is_list = get_origin(field.annotation) in (list, tuple)
-        choices = () if is_list else (field.annotation, *get_args(field.annotation))
+        # A list of parts is one value, and so are sections under names of the user's choice.
+        is_one = get_origin(field.annotation) in (list, tuple, dict)
+        choices = () if is_one else (field.annotation, *get_args(field.annotation))
         inner = next((found for choice in choices if (found := _model_in(choice)) is not None), None)
         if inner is None:
             yield (*above, key), field
@@ -198,6 +214,7 @@ _KINDS: dict[Any, str] = {
     float: "number",
     str: "text",
     SecretStr: "secret",
+    Path: "path",
     AwareDatetime: "date and time with a time zone",
     tuple: "list",
     dict: "object in JSON",

@@ -7,6 +7,7 @@ Example:
     >>> handle = harden(app)
 """
 
+from fastapi_hardening.api.idempotency import Idempotent
 from fastapi_hardening.core.check import CheckResult
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.identity import Principal
@@ -15,6 +16,11 @@ from fastapi_hardening.handle import Hardening
 from fastapi_hardening.harden import harden
 from fastapi_hardening.observability.access_log import configure_logging
 from fastapi_hardening.observability.request_context import CurrentRequest, RequestId
+from fastapi_hardening.performance.response_cache import CacheResponse
+from fastapi_hardening.resilience.concurrency import Bulkhead
+from fastapi_hardening.resilience.degradation import Feature
+from fastapi_hardening.resilience.load_shedding import Priority
+from fastapi_hardening.resilience.timeout import Timeout
 from fastapi_hardening.security.auth.overrides import (
     Authorize,
     CurrentUser,
@@ -35,16 +41,21 @@ from fastapi_hardening.settings import Settings
 
 __all__ = [
     "Authorize",
+    "Bulkhead",
+    "CacheResponse",
     "CheckResult",
     "ConfigurationError",
     "Cors",
     "CspNonce",
     "CurrentRequest",
     "CurrentUser",
+    "Feature",
     "Hardening",
+    "Idempotent",
     "InputPolicy",
     "OptionalUser",
     "Principal",
+    "Priority",
     "Problem",
     "Public",
     "RateLimit",
@@ -56,6 +67,7 @@ __all__ = [
     "RequireUser",
     "SecurityHeaders",
     "Settings",
+    "Timeout",
     "WebSocketLimits",
     "configure_logging",
     "csp_nonce_context",

@@ -2,21 +2,24 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fastapi import FastAPI
 from opentelemetry.trace import TracerProvider
 from prometheus_client import Gauge
 from starlette.types import ASGIApp
 
+from fastapi_hardening.core.cache_levels import CacheMetrics
 from fastapi_hardening.core.charge import Declarations
 from fastapi_hardening.core.check import CheckResult, Checks
 from fastapi_hardening.core.client_ip import ClientAddressResolver
 from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.events import Events
+from fastapi_hardening.core.features import Features
 from fastapi_hardening.core.identity import Authenticator
 from fastapi_hardening.core.keys import AllowList
 from fastapi_hardening.core.lifecycle import Lifecycle
+from fastapi_hardening.core.load import Load
 from fastapi_hardening.core.redis_store import RedisStore
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore, StateStore, StoreFailed, StoreRecovered
@@ -25,6 +28,10 @@ from fastapi_hardening.observability.health import Health, is_probe
 from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.observability.tracing import Tracing
 from fastapi_hardening.overview import Observability
+from fastapi_hardening.performance.cache import Cache
+from fastapi_hardening.resilience.circuit_breaker import CircuitBreakers
+from fastapi_hardening.resilience.load_shedding import Shedder
+from fastapi_hardening.resilience.retry import Retries
 from fastapi_hardening.security.auth.gate import Gate
 from fastapi_hardening.security.auth.keys import RemoteKeys
 from fastapi_hardening.security.auth.overrides import is_open
@@ -33,6 +40,10 @@ from fastapi_hardening.security.bans import BanList
 from fastapi_hardening.security.cors import CorsSettings
 from fastapi_hardening.security.input_validation import ValidationReport
 from fastapi_hardening.settings import Settings
+from fastapi_hardening.upstreams import OutboundSlot, Upstreams
+
+if TYPE_CHECKING:
+    import httpx2
 
 LayerState = Literal["on", "off", "planned"]
 
@@ -106,9 +117,16 @@ class Hardening:
         observability: One look at life, health, requests, traces and alerts.
         bans: Who is banned; add and lift bans here.
         allow: Who is never limited nor banned; ``None`` for nobody.
+        breakers: Circuit breakers by name; look at them, force and reset them.
+        retries: Retry policies by name.
+        upstreams: Other services by name; :meth:`upstream` gives the client of one.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
+        cache: What is slow to make and kept for a while; use it in endpoints.
         auth: Who calls, and what they may do.
         lifecycle: Whether the process starts, serves or drains.
+        load: How much there is to do; add queues of your own.
+        features: Which features are on; switch them off and on by hand here.
+        shedder: Who decides which requests are refused when it is too much.
         client_addresses: Finds the client's address.
         table: The routes of the application and of everything mounted under it.
         clock: Where the time comes from.
@@ -128,9 +146,16 @@ class Hardening:
     observability: Observability
     bans: BanList
     allow: AllowList | None
+    breakers: CircuitBreakers
+    retries: Retries
+    upstreams: Upstreams
     store: StateStore
+    cache: Cache
     auth: Gate
     lifecycle: Lifecycle
+    load: Load
+    features: Features
+    shedder: Shedder
     client_addresses: ClientAddressResolver
     table: RouteTable
     clock: Clock
@@ -141,6 +166,7 @@ class Hardening:
         app: FastAPI,
         settings: Settings,
         inbound: Sequence[Slot] = (),
+        outbound: Sequence[OutboundSlot] = (),
         *,
         authenticators: Sequence[Authenticator] = (),
         permissions_of: PermissionsOf | None = None,
@@ -180,6 +206,16 @@ class Hardening:
         self.store = MemoryStore(clock=self.clock)
         if settings.state_url is not None:
             self.store = self._shared_store(settings.state_url.get_secret_value(), clock)
+        self.cache = Cache(
+            settings.cache,
+            store=shared(self.store),
+            metrics=CacheMetrics(self.metrics.registry),
+            events=self.events,
+            clock=self.clock,
+            service_name=self.service_name,
+        )
+        if not self.cache.levels.only_memory:
+            self.checks.add("cache", self.cache.check, critical=False)
         self.auth = Gate(
             settings.auth,
             authenticators,
@@ -194,11 +230,37 @@ class Hardening:
             allow=self.allow,
             events=self.events,
             clock=self.clock,
-            store=_shared(self.store),
+            store=shared(self.store),
+        )
+        self.breakers = CircuitBreakers(
+            settings.circuit_breaker, events=self.events, clock=self.clock, store=shared(self.store)
+        )
+        self.retries = Retries(settings.retry, events=self.events, clock=self.clock)
+        self.upstreams = Upstreams(
+            settings.upstreams,
+            outbound,
+            breakers=self.breakers,
+            retries=self.retries,
+            events=self.events,
+            clock=self.clock,
+            provider=lambda: self.tracing.provider if settings.tracing.enabled else None,
         )
         self.table = table_of(app)
         self.client_addresses = ClientAddressResolver(
             settings.trusted_proxies, forwarded_header=settings.forwarded_header, events=self.events
+        )
+        self.load = Load(self.events)
+        self.shedder = Shedder(settings.load_shedding)
+        degradation = settings.degradation
+        self.features = Features(
+            off=degradation.off if degradation.enabled else (),
+            load=self.load if degradation.enabled and degradation.by_load else None,
+            recovery_seconds=degradation.recovery_seconds,
+            checks=self.checks,
+            store=shared(self.store),
+            sync_seconds=degradation.sync_seconds,
+            events=self.events,
+            clock=self.clock,
         )
         self.lifecycle = Lifecycle(
             drain_delay_seconds=settings.health.drain_delay_seconds,
@@ -240,6 +302,15 @@ class Hardening:
         self.checks.add("state_store", store.check, critical=False)
         return store
 
+    def upstream(self, name: str) -> "httpx2.AsyncClient":
+        """The client of another service, as the settings name it; with the extra ``http``.
+
+        Raises:
+            KeyError: The settings have none of that name.
+            ConfigurationError: httpx2 is not installed.
+        """
+        return self.upstreams.get(name).client
+
     @property
     def pipeline(self) -> tuple[Layer, ...]:
         """The layers in the order in which a request meets them."""
@@ -262,7 +333,7 @@ class Hardening:
         return CheckResult("warn", f"{proxy} sends forwarding headers; if it is your proxy, add it to trusted_proxies")
 
 
-def _shared(store: StateStore) -> StateStore | None:
+def shared(store: StateStore) -> StateStore | None:
     """The store, if other processes see it too."""
     return None if isinstance(store, MemoryStore) else store
 

@@ -19,12 +19,13 @@ from opentelemetry.trace import TracerProvider
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastapi_hardening.api import errors
+from fastapi_hardening.api import errors, idempotency
+from fastapi_hardening.api.idempotency import IdempotencyMiddleware
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.identity import Authenticator
-from fastapi_hardening.handle import Hardening, Slot
+from fastapi_hardening.handle import Hardening, Slot, shared
 from fastapi_hardening.introductions import (
     adopt_slowapi,
     adopting,
@@ -44,7 +45,11 @@ from fastapi_hardening.observability.health import HealthMiddleware, details_gua
 from fastapi_hardening.observability.metrics import MetricsMiddleware, metrics_guard
 from fastapi_hardening.observability.request_context import RequestContextMiddleware
 from fastapi_hardening.observability.tracing import layer as tracing
+from fastapi_hardening.performance.compression import CompressionMiddleware
+from fastapi_hardening.performance.response_cache import ResponseCacheMiddleware
 from fastapi_hardening.resilience.drain import DrainMiddleware
+from fastapi_hardening.resilience.load_shedding import LoadSheddingMiddleware
+from fastapi_hardening.resilience.timeout import TimeoutMiddleware
 from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.auth import openapi as auth_openapi
 from fastapi_hardening.security.auth.layer import AuthenticationMiddleware, check_routes
@@ -60,6 +65,7 @@ from fastapi_hardening.security.security_headers import (
 from fastapi_hardening.security.security_txt import SecurityTxtMiddleware
 from fastapi_hardening.security.websocket_limits import WebSocketLimitsMiddleware
 from fastapi_hardening.settings import Settings
+from fastapi_hardening.upstreams import OutboundSlot
 
 logger = logging.getLogger("fastapi_hardening")
 
@@ -88,7 +94,9 @@ INBOUND: tuple[Slot, ...] = (
     Slot("drain", "health", "new connections and, in the end, new requests go elsewhere while the process ends",
          lambda h, app: DrainMiddleware(
              app, lifecycle=h.lifecycle, retry_after_seconds=h.settings.health.retry_after_seconds)),
-    Slot("load shedding", "load_shedding", "503 while overloaded"),
+    Slot("load shedding", "load_shedding", "503 at once while more comes than can be done",
+         lambda h, app: LoadSheddingMiddleware(
+             app, h.settings.load_shedding, shedder=h.shedder, load=h.load, clock=h.clock)),
     Slot("request limits", "request_limits", "line, header fields, host, path, and the body as it is read",
          lambda h, app: RequestLimitsMiddleware(
              app, h.settings.request_limits, allowed_hosts=h.settings.allowed_hosts, clock=h.clock)),
@@ -111,9 +119,34 @@ INBOUND: tuple[Slot, ...] = (
              app, h.settings.rate_limit, clock=h.clock, store=h.store, declared=h.declared_limits, banned=banned(h))),
     Slot("input validation", "input_validation", "looks for attacks in content, and reports or refuses them",
          lambda h, app: InputValidationMiddleware(app, h.settings.input_validation, report=h.validation)),
-    Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation"),
-    Slot("compression", "compression", "compresses answers"),
-    Slot("response cache", "response_cache", "answers from memory, after authorisation"),
+    Slot("timeout", "timeout", "504 where a handler has not begun to answer in time",
+         lambda h, app: TimeoutMiddleware(app, h.settings.timeout, clock=h.clock)),
+    Slot("idempotency", "idempotency", "answers a repeated request once, after authorisation",
+         lambda h, app: IdempotencyMiddleware(
+             app, h.settings.idempotency, store=shared(h.store), events=h.events, clock=h.clock)),
+    Slot("compression", "compression", "compresses answers",
+         lambda h, app: CompressionMiddleware(app, h.settings.compression)),
+    Slot("response cache", "response_cache", "answers from memory, after authorisation",
+         lambda h, app: ResponseCacheMiddleware(
+             app, h.settings.response_cache, levels=h.cache.levels, clock=h.clock)),
+)  # fmt: skip
+
+# A call of another service meets these from top to bottom, its answer from bottom to top; for each upstream anew.
+OUTBOUND: tuple[OutboundSlot, ...] = (
+    OutboundSlot("total timeout", "total_seconds", "how long a call may take, with all its attempts",
+                 lambda upstream, send: upstream.total.around(send)),
+    OutboundSlot("bulkhead", "bulkhead", "how many calls may be under way and wait",
+                 lambda upstream, send: upstream.bulkhead.around(send)),
+    OutboundSlot("retry", "retry", "another attempt, within the budget",
+                 lambda upstream, send: upstream.retry.around(send, unsent=upstream.pool.unsent)),
+    OutboundSlot("failover", "failover", "which endpoint; a second one, where the first takes long",
+                 lambda upstream, send: upstream.failover.around(send)),
+    OutboundSlot("circuit breaker", "circuit_breaker", "no calls of an endpoint that fails; one for each",
+                 lambda upstream, send: upstream.breakers.around(send, upstream.breaker_of)),
+    OutboundSlot("attempt timeout", "attempt_seconds", "how long one attempt may take",
+                 lambda upstream, send: upstream.attempt.around(send)),
+    OutboundSlot("connection pool", "connections", "a connection to that endpoint, and the request on it",
+                 lambda upstream, _send: upstream.pool.send),
 )  # fmt: skip
 
 
@@ -159,6 +192,7 @@ def harden(
         app,
         settings or Settings(),
         INBOUND,
+        OUTBOUND,
         authenticators=authenticators,
         permissions_of=permissions_of,
         tracer_provider=tracer_provider,
@@ -190,11 +224,13 @@ def harden(
         with handle.lifecycle.on_sigterm() if drains else nullcontext():
             await handle.store.open()
             try:
-                async with handle.alerts.running(), lifespan(application) as state:
+                async with handle.alerts.running(), handle.breakers.sharing(), lifespan(application) as state:
                     handle.tracing.start()
                     handle.lifecycle.finish("lifespan")
                     yield state
             finally:
+                await handle.cache.close()
+                await handle.upstreams.close()
                 await handle.tracing.stop()
                 await handle.store.close()
 
@@ -205,6 +241,8 @@ def harden(
     if handle.settings.errors.enabled and handle.settings.errors.format == "problem":
         errors.describe(app)  # now, for a document that is exported without serving; again when the stack is built
     auth_openapi.describe(app, handle.auth)
+    if handle.settings.idempotency.enabled:
+        idempotency.describe(app)
     introduce(handle)
     for key in handle.settings.without_effect():
         logger.warning("%s is set, but this concern is not built yet, so it has no effect", key)

@@ -24,7 +24,10 @@ from fastapi_hardening.handle import Hardening
 from fastapi_hardening.observability.health import HealthChanged
 from fastapi_hardening.observability.request_context import ContextMaker
 from fastapi_hardening.observability.tracing import record_exception
+from fastapi_hardening.performance import batcher
 from fastapi_hardening.performance.fast_routing import FastRouting
+from fastapi_hardening.resilience import circuit_breaker, concurrency, degradation, failover, load_shedding, retry
+from fastapi_hardening.resilience.degradation import Feature
 from fastapi_hardening.security import csp_reports, security_txt, slowapi_limits
 from fastapi_hardening.security.auth import openapi as auth_openapi
 from fastapi_hardening.security.auth.layer import check_routes, demand_again
@@ -43,6 +46,7 @@ logger = logging.getLogger("fastapi_hardening")
 def introduce(handle: Hardening) -> None:
     """Has concerns that know nothing of metrics and health counted and checked."""
     settings = handle.settings
+    batcher.measure(handle.metrics.registry, handle.events)
     if settings.csp_reports.enabled:
         csp_reports.measure(handle.metrics.registry, handle.events)
     if not settings.errors.reraise:
@@ -61,8 +65,43 @@ def introduce(handle: Hardening) -> None:
     handle.events.subscribe(
         HealthChanged, lambda event: status.labels(event.check).set(("pass", "warn", "fail").index(event.after))
     )
+    if settings.load_shedding.enabled:
+        load_shedding.measure(handle.metrics.registry, handle.shedder)
+    concurrency.measure(handle.metrics.registry, handle.table)
+    if settings.degradation.enabled:
+        degradation.measure(handle.metrics.registry, handle.features)
+        handle.events.subscribe(HealthChanged, lambda each: handle.features.learn(each.check, each.after))
+        handle.table.on_rebuilt.append(_declaring(handle))
     if settings.security_txt.enabled:
         handle.checks.add("security_txt", security_txt.check(settings.security_txt, handle.clock), critical=False)
+    handle.breakers.on_first.append(lambda: watch_circuits(handle))
+    handle.upstreams.on_first.append(lambda: watch_upstreams(handle))
+    handle.retries.on_first.append(lambda: retry.measure(handle.metrics.registry, handle.events))
+    handle.upstreams.make()
+
+
+def watch_circuits(handle: Hardening) -> None:
+    """Has circuits measured and checked, once there is one."""
+    circuit_breaker.measure(handle.metrics.registry, handle.breakers, handle.events)
+    handle.checks.add("circuit_breakers", handle.breakers.check, critical=False)
+
+
+def watch_upstreams(handle: Hardening) -> None:
+    """Has upstreams measured and checked, once there is one."""
+    failover.measure(handle.metrics.registry, lambda: (each.failover for each in handle.upstreams), handle.clock)
+    handle.checks.add("upstreams", handle.upstreams.check, critical=False)
+
+
+def _declaring(handle: Hardening) -> Callable[[RouteTable], None]:
+    """Makes the features of all routes known, so that they are listed before anybody asks for one."""
+
+    def declare(table: RouteTable) -> None:
+        for entry in table:
+            for feature in entry.of(Feature):
+                if isinstance(feature, Feature):
+                    feature.declare(handle.features)
+
+    return declare
 
 
 def banned(handle: Hardening) -> Callable[[str], Problem | None] | None:
@@ -196,4 +235,5 @@ def context_maker(handle: Hardening) -> ContextMaker:
         events=handle.events,
         clock=handle.clock,
         hardened=True,
+        features=handle.features,
     )

@@ -11,6 +11,7 @@ Example:
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -20,6 +21,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from fastapi_hardening.api.docs_pages import DocsPagesSettings
 from fastapi_hardening.api.errors import ErrorsSettings
+from fastapi_hardening.api.idempotency import IdempotencySettings
 from fastapi_hardening.core.client_ip import UNIX, parse_network
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
 from fastapi_hardening.core.redis_address import read_address
@@ -31,7 +33,15 @@ from fastapi_hardening.observability.health import HealthSettings
 from fastapi_hardening.observability.metrics import MetricsSettings
 from fastapi_hardening.observability.request_context import RequestIdSettings
 from fastapi_hardening.observability.tracing import TracingSettings
+from fastapi_hardening.performance.cache import CacheSettings
+from fastapi_hardening.performance.compression import CompressionSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
+from fastapi_hardening.performance.response_cache import ResponseCacheSettings
+from fastapi_hardening.resilience.circuit_breaker import CircuitBreakersSettings
+from fastapi_hardening.resilience.degradation import DegradationSettings
+from fastapi_hardening.resilience.load_shedding import LoadSheddingSettings
+from fastapi_hardening.resilience.retry import RetriesSettings
+from fastapi_hardening.resilience.timeout import TimeoutSettings
 from fastapi_hardening.security.address_limit import AddressLimitSettings
 from fastapi_hardening.security.auth.settings import AuthSettings
 from fastapi_hardening.security.bans import BansSettings
@@ -43,6 +53,7 @@ from fastapi_hardening.security.request_limits import RequestLimitsSettings
 from fastapi_hardening.security.security_headers import SecurityHeadersSettings
 from fastapi_hardening.security.security_txt import SecurityTxtSettings
 from fastapi_hardening.security.websocket_limits import WebSocketLimitsSettings
+from fastapi_hardening.upstreams import UpstreamSettings
 
 
 class NotBuiltYet(ConcernSettings):
@@ -56,6 +67,9 @@ class NotBuiltYet(ConcernSettings):
             raise ValueError("this concern is not built yet (see the changelog); leave it out for now")
         return self
 
+
+# It is a host in URLs, and part of a variable's name.
+_UPSTREAM = re.compile(r"[a-z0-9](?:[a-z0-9_-]*[a-z0-9])?")
 
 Environment = Literal["production", "staging", "development"]
 
@@ -154,8 +168,8 @@ class Settings(BaseSettings):
     errors: ErrorsSettings = ErrorsSettings()
     """Error answers."""
 
-    load_shedding: NotBuiltYet = NotBuiltYet()
-    """Refusals under overload; planned."""
+    load_shedding: LoadSheddingSettings = LoadSheddingSettings()
+    """Refusals under overload."""
 
     request_limits: RequestLimitsSettings = RequestLimitsSettings()
     """Limits on the request itself."""
@@ -188,17 +202,32 @@ class Settings(BaseSettings):
     input_validation: InputValidationSettings = InputValidationSettings()
     """Inspection of content."""
 
-    idempotency: NotBuiltYet = NotBuiltYet()
-    """Replay of repeated requests; planned."""
+    timeout: TimeoutSettings = TimeoutSettings()
+    """Deadlines of handlers."""
 
-    compression: NotBuiltYet = NotBuiltYet()
-    """Compression of answers; planned."""
+    idempotency: IdempotencySettings = IdempotencySettings()
+    """Requests that are sent twice and carried out once, on the routes that say so."""
 
-    response_cache: NotBuiltYet = NotBuiltYet()
-    """Caching of answers; planned."""
+    compression: CompressionSettings = CompressionSettings()
+    """Compression of answers."""
 
-    timeout: NotBuiltYet = NotBuiltYet()
-    """Deadlines of handlers; planned."""
+    response_cache: ResponseCacheSettings = ResponseCacheSettings()
+    """Answers that are kept, on the routes that say so."""
+
+    cache: CacheSettings = CacheSettings()
+    """What is slow to make and kept for a while."""
+
+    degradation: DegradationSettings = DegradationSettings()
+    """Features that can be off."""
+
+    circuit_breaker: CircuitBreakersSettings = CircuitBreakersSettings()
+    """When calls to a service that fails are no longer made."""
+
+    retry: RetriesSettings = RetriesSettings()
+    """How calls to services are made again."""
+
+    upstreams: dict[str, UpstreamSettings] = Field(default_factory=dict)
+    """Other services by name, with everything that stands around their calls."""
 
     docs_pages: DocsPagesSettings = DocsPagesSettings()
     """The pages of the API's documentation."""
@@ -251,6 +280,14 @@ class Settings(BaseSettings):
     def _are_hosts(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(checked_host(entry) for entry in entries)
 
+    @field_validator("upstreams")
+    @classmethod
+    def _are_names(cls, upstreams: dict[str, UpstreamSettings]) -> dict[str, UpstreamSettings]:
+        for name in upstreams:
+            if not _UPSTREAM.fullmatch(name):
+                raise ValueError(f"{name!r}: the name of an upstream has lower-case letters, digits, '-' and '_' only")
+        return upstreams
+
     @field_validator("state_url")
     @classmethod
     def _leads_to_a_store(cls, url: SecretStr | None) -> SecretStr | None:
@@ -279,5 +316,8 @@ def _walk(model: BaseModel, above: Key = ()) -> Iterator[tuple[Key, Any]]:
         value = getattr(model, name)
         if isinstance(value, BaseModel):
             yield from _walk(value, (*above, name))
+        elif isinstance(value, dict) and value and all(isinstance(each, BaseModel) for each in value.values()):
+            for key, section in value.items():
+                yield from _walk(section, (*above, name, key))
         else:
             yield (*above, name), "********" if isinstance(value, SecretStr) else value

@@ -25,7 +25,7 @@ from fastapi_hardening.settings import NotBuiltYet
 ORDER = (
     "probes, request context, access log, metrics, tracing, security headers, CORS, errors, drain, load shedding, "
     "request limits, address limit, security.txt, CSP reports, websocket limits, version, authentication, tenancy, "
-    "rate limit, input validation, idempotency, compression, response cache"
+    "rate limit, input validation, timeout, idempotency, compression, response cache"
 )
 
 
@@ -65,12 +65,16 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "CorsMiddleware",
         "ErrorsMiddleware",
         "DrainMiddleware",
+        "LoadSheddingMiddleware",
         "RequestLimitsMiddleware",
         "AddressLimitMiddleware",
         "WebSocketLimitsMiddleware",
         "AuthenticationMiddleware",
         "RateLimitMiddleware",
         "InputValidationMiddleware",
+        "TimeoutMiddleware",
+        "IdempotencyMiddleware",
+        "ResponseCacheMiddleware",
     ]
     on = [layer.name for layer in handle.pipeline if layer.state == "on"]
     assert on == [
@@ -83,12 +87,16 @@ def test_the_layers_are_built_in_that_order_under_one_server_error_middleware() 
         "CORS",
         "errors",
         "drain",
+        "load shedding",
         "request limits",
         "address limit",
         "websocket limits",
         "authentication",
         "rate limit",
         "input validation",
+        "timeout",
+        "idempotency",
+        "response cache",
     ]
 
 

@@ -15,6 +15,7 @@ from fastapi_hardening.core.client_ip import ClientAddress, ClientAddressResolve
 from fastapi_hardening.core.events import Events
 
 if TYPE_CHECKING:
+    from fastapi_hardening.core.features import Features
     from fastapi_hardening.core.routes import RouteEntry
 
 SCOPE_KEY = "fastapi_hardening.context"
@@ -33,20 +34,25 @@ class RequestContext:
         started: When the request arrived, on the monotonic clock, in seconds.
         route: The route that the request will reach, with its overrides; ``None`` until a layer has looked it up.
         path: The path for which the route was looked up; a middleware of the application may change the request's.
+        deadline: When the time for an answer is up, on the monotonic clock, in seconds; ``None`` without a limit.
         traceparent: The W3C ``traceparent`` as it came in, not validated; ``None`` without one.
         principal: Who the caller is, once authentication has said so.
         tenant: Whose data it is about, once tenancy has said so.
         fields: The request's header fields by name; ``None`` where a name stands twice, or nobody has looked yet.
         error_format: ``problem`` (RFC 9457) or ``fastapi`` (``{"detail": ...}``).
         events: The event bus of the hardened application, or ``None`` outside one.
+        features: Which features of it are on, or ``None`` outside one.
+        unique: The answer holds something that is for this request alone, such as a nonce, so nobody may keep it.
         hardened: The stack of a ``harden()`` call is around; a second one inside it steps aside.
         state: What single concerns keep for this request, each under its own class.
     """
 
     __slots__ = (
         "client",
+        "deadline",
         "error_format",
         "events",
+        "features",
         "fields",
         "hardened",
         "path",
@@ -58,6 +64,7 @@ class RequestContext:
         "state",
         "tenant",
         "traceparent",
+        "unique",
     )
 
     def __init__(
@@ -71,6 +78,7 @@ class RequestContext:
         error_format: Literal["problem", "fastapi"] = "problem",
         events: Events | None = None,
         hardened: bool = False,
+        features: "Features | None" = None,
     ) -> None:
         self.request_id = request_id
         self.client = client
@@ -80,11 +88,14 @@ class RequestContext:
         self.error_format: Literal["problem", "fastapi"] = error_format
         self.events = events
         self.hardened = hardened
+        self.features = features
         self.route: RouteEntry | None = None
         self.path: str | None = None
+        self.deadline: float | None = None
         self.fields: dict[bytes, bytes] | None = None
         self.principal: Any = None
         self.tenant: str | None = None
+        self.unique = False
         self.state: dict[type, Any] = {}
 
 

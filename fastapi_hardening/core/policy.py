@@ -29,9 +29,12 @@ class Override(params.Depends):
 
     Attributes:
         every_level_holds: All overrides of this class on a route apply, outermost first; else only the innermost.
+        may_refuse: It may refuse a request after routing, where its layer has not dealt with it; then nothing may
+            answer in place of the endpoint.
     """
 
     every_level_holds: ClassVar[bool] = False
+    may_refuse: ClassVar[bool] = True
 
     def __init__(self) -> None:
         # The bound method is what FastAPI calls and what the route table recognises.
@@ -74,6 +77,21 @@ def overrides_in(dependencies: Sequence[params.Depends]) -> Overrides:
             kind = type(dependency)
             found[kind] = (*found.get(kind, ()), dependency)
     return found
+
+
+def refusing(overrides: Overrides) -> Overrides:
+    """Those that may refuse a request."""
+    return {kind: each for kind, each in overrides.items() if kind.may_refuse}
+
+
+def all_handled(overrides: Overrides, scope: Scope) -> bool:
+    """Whether their layers have dealt with all of them, so that none is left to refuse after routing."""
+    state = getattr(request_context.of(scope), "state", {})
+    for kind, each in overrides.items():
+        handled = state.get(kind, ())
+        if not all(any(override is known for known in handled) for override in each):
+            return False
+    return True
 
 
 def mark_handled(scope: Scope, overrides: tuple[Override, ...]) -> None:

@@ -113,12 +113,24 @@ def _leaves(
         if inner is None:
             problems.append(f"{'.'.join(path)}: has no keys of its own (from {source})")
             continue
-        if isinstance(value, BaseModel):
-            value = {name: getattr(value, name) for name in value.model_fields_set}
-        if isinstance(value, Mapping):
-            yield from _leaves(inner, value, source, problems, path)
+        if isinstance(value, Mapping) and takes_mapping(model, name):
+            # Sections of one kind, each under a name of its own.
+            for each, section in value.items():
+                yield from _section(inner, section, source, problems, (*path, each))
         else:
-            problems.append(f"{'.'.join(path)}: takes keys of its own, not {type(value).__name__} (from {source})")
+            yield from _section(inner, value, source, problems, path)
+
+
+def _section(
+    model: type[BaseModel], value: Any, source: str, problems: list[str], path: Key
+) -> Iterator[tuple[Key, Any]]:
+    """The keys of a section, which may be given as the model itself."""
+    if isinstance(value, BaseModel):
+        value = {name: getattr(value, name) for name in value.model_fields_set}
+    if isinstance(value, Mapping):
+        yield from _leaves(model, value, source, problems, path)
+    else:
+        problems.append(f"{'.'.join(path)}: takes keys of its own, not {type(value).__name__} (from {source})")
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -32,6 +32,7 @@ from fastapi_hardening.core.clock import Clock, SystemClock
 from fastapi_hardening.core.configuration import ConcernSettings
 from fastapi_hardening.core.context import SCOPE_KEY, RequestContext, new_request_id
 from fastapi_hardening.core.events import Events
+from fastapi_hardening.core.features import Features
 from fastapi_hardening.core.headers import field, get_all, replace
 from fastapi_hardening.core.routes import route_of
 
@@ -72,6 +73,7 @@ class ContextMaker:
         events: The event bus that layers further in tell their facts.
         clock: Where the time comes from.
         hardened: Set by ``harden()``: the whole stack follows, so one inside steps aside.
+        features: Which features of the application are on.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class ContextMaker:
         events: Events | None = None,
         clock: Clock | None = None,
         hardened: bool = False,
+        features: Features | None = None,
     ) -> None:
         self.header = settings.header.lower().encode("ascii")
         self._trust = settings.trust_incoming
@@ -91,6 +94,7 @@ class ContextMaker:
         self._events = events
         self._now = (clock or SystemClock()).monotonic
         self._hardened = hardened
+        self._features = features
 
     def make(self, scope: Scope) -> RequestContext:
         """The context of one connection; it is not yet put into the scope."""
@@ -116,6 +120,7 @@ class ContextMaker:
             error_format=self._error_format,
             events=self._events,
             hardened=self._hardened,
+            features=self._features,
         )
         if unique:
             context.fields = fields

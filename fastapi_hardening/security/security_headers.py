@@ -452,6 +452,7 @@ class SecurityHeaders(Override):
     """
 
     every_level_holds: ClassVar[bool] = True
+    may_refuse: ClassVar[bool] = False
 
     def __init__(self, **changes: Any) -> None:
         super().__init__()
@@ -485,9 +486,10 @@ _ABSENT: dict[str, Any] = dict.fromkeys(name for name, _ in _BUILDERS) | {
 
 def csp_nonce(connection: HTTPConnection) -> str:
     """The nonce of this answer: 128 random bits, made at the first call; the answer is then not to be cached."""
-    state = request_context.ensure(connection.scope).state
-    nonce: str = state.get(_Nonce) or secrets.token_urlsafe(16)
-    state[_Nonce] = nonce
+    context = request_context.ensure(connection.scope)
+    nonce: str = context.state.get(_Nonce) or secrets.token_urlsafe(16)
+    context.state[_Nonce] = nonce
+    context.unique = True
     return nonce
 
 

@@ -799,6 +799,7 @@ class WebSocketLimits(Override):
     """
 
     every_level_holds: ClassVar[bool] = True
+    may_refuse: ClassVar[bool] = False  # nothing answers in place of a websocket
 
     def __init__(self, **changes: Any) -> None:
         super().__init__()

@@ -8,15 +8,18 @@ from typing import Annotated, Any
 
 import httpx2
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, Field
 from starlette.requests import HTTPConnection
 
-from fastapi_hardening import Hardening, Principal, Problem, RateLimit, RequireScopes, Settings, harden
+from fastapi_hardening import Hardening, Idempotent, Principal, Problem, RateLimit, RequireScopes, Settings, harden
+from fastapi_hardening.api.idempotency import IdempotencyMiddleware
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.identity import InvalidCredentials
 from fastapi_hardening.core.problem import OWN
+from fastapi_hardening.core.store import MemoryStore
+from fastapi_hardening.observability.request_context import RequestContextMiddleware
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SECTION = re.compile(r"^## [^\n]*\{ #(?P<anchor>[\w-]+) \}$(?P<text>.*?)(?=^## |\Z)", re.DOTALL | re.MULTILINE)
@@ -127,6 +130,52 @@ def an_attack(_client: TestClient) -> httpx2.Response:
     return TestClient(app).get("/", params={"q": "1' or '1'='1"})
 
 
+def payments(*keys: str, content: str = "", large: bool = False) -> httpx2.Response:
+    """What the last of several payments gets, the last with this body."""
+    app = FastAPI()
+    harden(app, Settings(_env_file=None, idempotency={"max_body_bytes": 0 if large else 1000}))
+
+    @app.post("/payments", dependencies=[Idempotent()])
+    async def pay(_request: Request) -> str:
+        await _request.body()
+        return "paid"
+
+    client = TestClient(app)
+    answer = client.post("/payments")
+    for number, key in enumerate(keys, start=1):
+        body = content if number == len(keys) else ""
+        answer = client.post("/payments", headers={"Idempotency-Key": key}, content=body)
+    return answer
+
+
+class Busy(MemoryStore):
+    """A store in which every key is taken."""
+
+    async def add(self, key: str, value: bytes, ttl_seconds: float) -> bool:
+        return False
+
+
+def in_progress(_client: TestClient) -> httpx2.Response:
+    app = FastAPI()
+    app.add_middleware(IdempotencyMiddleware, store=Busy())
+    app.add_middleware(RequestContextMiddleware)
+    app.add_api_route("/", lambda: None, methods=["POST"], dependencies=[Idempotent()])
+    return TestClient(app).post("/", headers={"Idempotency-Key": "a"})
+
+
+def a_broken_circuit(_client: TestClient) -> httpx2.Response:
+    app = FastAPI()
+    breaker = harden(app, Settings(_env_file=None)).breakers.get("stock")
+    breaker.force_open()
+
+    @app.get("/stock")
+    async def stock() -> None:
+        async with breaker.guard():
+            pass
+
+    return TestClient(app).get("/stock")
+
+
 CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "about-blank": lambda client: client.get("/no-such-page"),
     "validation-failed": lambda client: client.post("/orders", json={"lines": [{"quantity": 0}]}),
@@ -140,6 +189,12 @@ CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "quota-exceeded": too_many,
     "abnormal-usage-detected": a_flood,
     "content-refused": an_attack,
+    "idempotency-key-missing": lambda _: payments(),
+    "idempotency-key-malformed": lambda _: payments("a, b"),
+    "idempotency-key-reused": lambda _: payments("a", "a", content="more"),
+    "request-in-progress": in_progress,
+    "already-done": lambda _: payments("a", "a", large=True),
+    "circuit-open": a_broken_circuit,
 }
 
 

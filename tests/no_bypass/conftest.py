@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
@@ -409,3 +410,11 @@ def surround(request: pytest.FixtureRequest) -> Iterator[Callable[[Build], Site]
             # Instrumentation reaches beyond the application: it also replaces a method of background tasks.
             assert isinstance(site.app, FastAPI)
             FastAPIInstrumentor.uninstrument_app(site.app)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave these tests out of the coverage: they are many, and every line that they run has a test of its own."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker("no_cover")

@@ -51,6 +51,7 @@ class Public(Override):
     """Anybody may call the route, although ``auth.default`` is ``required``. It cancels nothing else."""
 
     every_level_holds: ClassVar[bool] = True
+    may_refuse: ClassVar[bool] = False
 
     async def act_late(self, connection: HTTPConnection) -> None:
         """Does nothing: where the layer has not seen it, the default holds."""
