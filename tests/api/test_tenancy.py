@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi import APIRouter, FastAPI, WebSocket
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -128,7 +128,6 @@ def test_settings_open_what_is_closed() -> None:
     ]
 
 
-@settings(max_examples=60)
 @given(
     names=st.sets(st.sampled_from([*TENANTS, "nobody", ""]), max_size=3),
     who=st.sampled_from(["anna", "bob", "both", "free", "gone", "shut"]),
@@ -340,6 +339,17 @@ def test_a_header_that_stands_twice_is_read_twice() -> None:
     assert (answer.status_code, answer.json()["detail"]) == (400, "The request names several tenants.")
 
 
+def test_caches_in_front_are_told_that_the_header_decides() -> None:
+    """On answers and on refusals, beside what the application says; not where no header is read."""
+    client = TestClient(shop(), headers={"authorization": "Bearer anna"})
+    answers = [client.get("/orders"), client.get("/orders", headers={"x-tenant": "south"})]
+    assert [answer.headers.get_list("vary") for answer in answers] == [["X-Tenant"]] * 2
+    with client.websocket_connect("/talk") as websocket:
+        fields: Any = websocket.extra_headers
+        assert (b"vary", b"X-Tenant") in fields
+    assert "vary" not in TestClient(shop(sources=("path",), domains=())).get("/t/north/orders").headers
+
+
 def test_a_gateway_may_name_the_tenant_of_somebody_unknown() -> None:
     """By its own address, not by what it forwards."""
     app = shop(trusted_callers=["10.0.0.0/8"])
@@ -455,7 +465,6 @@ def test_work_without_a_request_names_its_tenant_itself() -> None:
     assert current_tenant() is None
 
 
-@settings(max_examples=30)
 @given(st.text(string.printable, max_size=200))
 def test_only_a_well_formed_name_is_a_tenant_by_itself(name: str) -> None:
     """What a client wrote goes into keys, log lines and queries."""

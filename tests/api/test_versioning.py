@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from fastapi import APIRouter, FastAPI, Response, WebSocket
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.testclient import TestClient
@@ -72,7 +72,6 @@ def shop(clock: ManualClock | None = None, **values: Any) -> FastAPI:
 # --- engine -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80)
 @given(
     asked=st.lists(st.builds(Asked, st.sampled_from(VALUES["sources"]), st.sampled_from(("1", "v2", "3", "9", "")))),
     served=st.sampled_from([None, ("1",), ("2", "3"), ()]),

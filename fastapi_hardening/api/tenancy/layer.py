@@ -11,7 +11,7 @@ Example:
     ...     return tenant.id
 """
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_hardening.api.tenancy.current import current
 from fastapi_hardening.api.tenancy.engine import FindTenant, Tenancy, Tenant
@@ -25,6 +25,8 @@ from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.policy import mark_handled
 from fastapi_hardening.core.problem import Problem, refuse, tell
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, route_of
+
+_STARTS = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
 
 
 class TenancyMiddleware:
@@ -53,6 +55,8 @@ class TenancyMiddleware:
         self._table = table
         self._tenancy = tenancy or Tenancy(settings, find, clock=clock)
         self._reader = Reader(self._tenancy.settings)
+        by_header = "header" in self._tenancy.settings.sources
+        self._varies = self._tenancy.settings.header.encode("ascii") if by_header else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one connection."""
@@ -61,6 +65,8 @@ class TenancyMiddleware:
             return
         context = request_context.ensure(scope)
         context.state[TenancyMiddleware] = self
+        if self._varies is not None:
+            send = _varying(send, self._varies)
         entry = route_of(scope) if self._table is None else self._table.find(scope)
         try:
             tenant = await self.admit(entry, scope, context)
@@ -98,6 +104,17 @@ class TenancyMiddleware:
             context.state[Tenant] = tenant
         mark_handled(scope, overrides)
         return tenant
+
+
+def _varying(send: Send, name: bytes) -> Send:
+    """Tells caches that an answer, or a refusal, is for one value of the header field only (RFC 9110, 12.5.5)."""
+
+    async def send_with_vary(message: Message) -> None:
+        if message["type"] in _STARTS:
+            message["headers"] = [*(message.get("headers") or ()), (b"vary", name)]
+        await send(message)
+
+    return send_with_vary
 
 
 async def admit_again(entry: RouteEntry, scope: Scope, context: RequestContext) -> None:
