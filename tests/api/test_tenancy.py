@@ -3,6 +3,7 @@
 import asyncio
 import string
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -253,6 +254,12 @@ def shop(find: FindTenant | None = TENANTS.get, **tenancy: Any) -> FastAPI:
     return app
 
 
+@cache
+def usual() -> FastAPI:
+    """The one with the usual settings; no test changes it."""
+    return shop()
+
+
 def of_plan(_connection: HTTPConnection) -> str:
     tenant = current_tenant()
     return "1/minute" if tenant is None or tenant.plan == "small" else "100/minute"
@@ -281,7 +288,7 @@ REQUIRED = (400, "tenant-required")
 
 def test_every_source_names_a_tenant() -> None:
     """The identity, the host, the header and the path; the endpoint is told, and so is whatever it calls."""
-    app = shop()
+    app = usual()
     assert said(app, "/orders") == NORTH
     assert said(app, "/orders", host="north.shop.test:8000") == NORTH
     assert said(app, "/orders", None, host="NORTH.shop.test") == NORTH
@@ -297,7 +304,7 @@ def test_every_source_names_a_tenant() -> None:
 @pytest.mark.parametrize("path", ["/orders", "/open", "/needs", "/sync", "/nowhere", "/docs"])
 def test_no_header_or_host_leads_into_another_tenant(path: str) -> None:
     """On every route, also on one that needs no tenant, and where there is none."""
-    app = shop()
+    app = usual()
     assert said(app, path, x_tenant="south") == CROSS
     assert said(app, path, host="south.shop.test") == CROSS
     assert said(app, path, x_tenant="nobody") == CROSS
@@ -312,7 +319,7 @@ def test_no_header_or_host_leads_into_another_tenant(path: str) -> None:
 )
 def test_no_path_leads_into_another_tenant(path: str) -> None:
     """Included, mounted, and what is mounted and not looked into; a slash more is a redirect of the same tenant."""
-    app = shop()
+    app = usual()
     assert said(app, path) == CROSS
     assert said(app, path.replace("south", "north"), x_tenant="south") == CROSS
     assert said(app, path, "bob") != CROSS
@@ -321,7 +328,7 @@ def test_no_path_leads_into_another_tenant(path: str) -> None:
 
 def test_what_names_no_tenant_is_refused_unless_the_route_says_so() -> None:
     """Everything by default; with ``required`` off only the routes that need one."""
-    app = shop()
+    app = usual()
     for path in ("/orders", "/needs", "/nowhere", "/docs", "/openapi.json"):
         assert said(app, path, None) == REQUIRED
         assert said(app, path, None, host="www.shop.test") == REQUIRED
@@ -335,13 +342,13 @@ def test_what_names_no_tenant_is_refused_unless_the_route_says_so() -> None:
 def test_a_header_that_stands_twice_is_read_twice() -> None:
     """None of the two is silently left out."""
     sent = [("authorization", "Bearer both"), ("x-tenant", "north"), ("x-tenant", "south")]
-    answer = TestClient(shop()).get("/orders", headers=sent)
+    answer = TestClient(usual()).get("/orders", headers=sent)
     assert (answer.status_code, answer.json()["detail"]) == (400, "The request names several tenants.")
 
 
 def test_caches_in_front_are_told_that_the_header_decides() -> None:
     """On answers and on refusals, beside what the application says; not where no header is read."""
-    client = TestClient(shop(), headers={"authorization": "Bearer anna"})
+    client = TestClient(usual(), headers={"authorization": "Bearer anna"})
     answers = [client.get("/orders"), client.get("/orders", headers={"x-tenant": "south"})]
     assert [answer.headers.get_list("vary") for answer in answers] == [["X-Tenant"]] * 2
     with client.websocket_connect("/talk") as websocket:
@@ -361,7 +368,7 @@ def test_a_gateway_may_name_the_tenant_of_somebody_unknown() -> None:
 
 def test_websockets_belong_to_tenants_as_well() -> None:
     """The endpoint is told; whoever does not belong there gets no handshake."""
-    client = TestClient(shop())
+    client = TestClient(usual())
     with client.websocket_connect("/talk", headers={"authorization": "Bearer anna"}) as websocket:
         assert websocket.receive_text() == "t1"
     for sent in ({"authorization": "Bearer anna", "x-tenant": "south"}, {}, {"x-tenant": "north"}):

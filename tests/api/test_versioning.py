@@ -1,6 +1,7 @@
 """Which version of the API a request gets, and what clients of an old one are told."""
 
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 import pytest
@@ -67,6 +68,12 @@ def shop(clock: ManualClock | None = None, **values: Any) -> FastAPI:
 
     harden(app, Settings.model_validate({"versioning": VALUES | values}), clock=clock)
     return app
+
+
+@cache
+def usual() -> FastAPI:
+    """The one with the usual settings; no test changes it."""
+    return shop()
 
 
 # --- engine -----------------------------------------------------------------------------------------------------------
@@ -155,7 +162,7 @@ def test_a_mark_names_versions_or_a_range() -> None:
 )
 def test_every_source_is_read(path: str, headers: dict[str, str], expected: str | None) -> None:
     """The endpoint and the answer say which version it is; caches are told what it depends on."""
-    answer = TestClient(shop()).get(path, headers=headers)
+    answer = TestClient(usual()).get(path, headers=headers)
     assert answer.json() == expected
     assert answer.headers.get("api-version") == expected
     assert answer.headers.get_list("vary") == ["API-Version", "Accept"]
@@ -179,7 +186,7 @@ def test_what_is_not_served_is_refused_with_what_is(
     path: str, headers: dict[str, str], status: int, supported: list[str]
 ) -> None:
     """On every route, on mounts, and where no route matches; nobody gets another version than they asked for."""
-    answer = TestClient(shop()).get(path, headers=headers)
+    answer = TestClient(usual()).get(path, headers=headers)
     problem = answer.json()
     assert (answer.status_code, problem["title"], problem["supported"]) == (status, "Version not served", supported)
     assert "api-version" not in answer.headers
@@ -195,7 +202,7 @@ def test_a_default_and_a_duty_to_ask() -> None:
 
 def test_clients_of_a_deprecated_version_are_told() -> None:
     """In the fields of RFC 9745 and RFC 8594; what the application says of one route itself is kept."""
-    client = TestClient(shop())
+    client = TestClient(usual())
     old = client.get("/v1/orders").headers
     assert (old["deprecation"], old["sunset"]) == ("@1767225600", "Wed, 01 Jul 2026 00:00:00 GMT")
     assert old["link"] == f'<{LINK}>; rel="deprecation"; type="text/html", <{LINK}>; rel="sunset"; type="text/html"'
@@ -225,7 +232,7 @@ def test_after_its_sunset_a_version_may_be_gone() -> None:
 
 def test_websockets_have_versions_as_well() -> None:
     """The handshake is answered with the version, or refused."""
-    client = TestClient(shop())
+    client = TestClient(usual())
     with client.websocket_connect("/talk", headers={"API-Version": "1"}) as websocket:
         assert websocket.receive_text() == "1"
         fields: Any = websocket.extra_headers
