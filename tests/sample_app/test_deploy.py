@@ -2,6 +2,7 @@
 
 import json
 import re
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,111 @@ def test_the_rules_are_what_the_command_prints(capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert printed == (DEPLOY / "prometheus" / "rules.yaml").read_text(encoding="utf-8")
     assert yaml.safe_load(printed)["groups"]
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+    return loaded
+
+
+def directive(name: str) -> str:
+    """The arguments of a directive that nginx.conf has once."""
+    text = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^ *{name} +(.*);$", text, re.MULTILINE)
+    return str(found)
+
+
+def test_every_container_is_confined(compose: dict[str, Any]) -> None:
+    """No container of compose.yaml writes to its image, has a capability, may gain one or is without a health check."""
+    for name, service in compose["services"].items():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert "healthcheck" in service or name == "shop"  # the image of the shop has one
+        assert "privileged" not in service
+
+
+def test_only_this_machine_reaches_the_proxy_and_grafana(compose: dict[str, Any]) -> None:
+    """No other container publishes a port, and these two only on the loopback address."""
+    published = {name: service["ports"] for name, service in compose["services"].items() if "ports" in service}
+    assert set(published) == {"proxy", "grafana"}
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+    inner = {name for name, network in compose["networks"].items() if network and network["internal"]}
+    assert set(compose["services"]["shop"]["networks"]) <= inner
+    assert set(compose["services"]["valkey"]["networks"]) <= inner
+
+
+def test_compose_runs_the_command_of_the_image_with_two_workers(compose: dict[str, Any]) -> None:
+    """The workers are as many as the settings are told, and share metrics in a folder that is empty at the start."""
+    shop = compose["services"]["shop"]
+    workers = shop["environment"]["HARDENING_WORKERS"]
+    assert shop["command"] == [*command(), "--workers", workers]
+    folders = [mount.partition(":")[0] for mount in shop["tmpfs"]]
+    assert shop["environment"]["PROMETHEUS_MULTIPROC_DIR"] in folders
+
+
+def test_compose_waits_longer_than_the_drain(compose: dict[str, Any]) -> None:
+    """Neither the shop nor the proxy is killed while answers end."""
+    health = Settings().health
+    assert 0 < float(directive("worker_shutdown_timeout")[:-1]) <= health.drain_deadline_seconds
+    for name in ("shop", "proxy"):
+        grace = compose["services"][name]["stop_grace_period"]
+        assert grace == f"{health.drain_delay_seconds + health.drain_deadline_seconds + 5:g}s"
+
+
+def test_the_shop_believes_the_proxy_and_nobody_else(compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is trusted is the proxy's own address, in a network that only it and the shop are in."""
+    services = compose["services"]
+    for name, value in services["shop"]["environment"].items():
+        monkeypatch.setenv(name, value)
+    trusted = Settings().trusted_proxies
+    assert trusted == (services["proxy"]["networks"]["front"]["ipv4_address"],)
+    (network,) = compose["networks"]["front"]["ipam"]["config"]
+    shop = services["shop"]["networks"]["front"]["ipv4_address"]
+    assert all(ip_address(each) in ip_network(network["subnet"]) for each in (*trusted, shop))
+    assert {name for name, service in services.items() if "front" in service["networks"]} == {"proxy", "shop"}
+    port = command()[command().index("--port") + 1]
+    assert directive("server").split()[0] == f"{shop}:{port}"
+
+
+def test_the_proxy_replaces_what_a_client_forwards() -> None:
+    """The address that the shop reads is the peer's, and nothing that a client wrote is appended to or passed on."""
+    assert directive("proxy_set_header X-Forwarded-For") == "$remote_addr"
+    assert directive("proxy_set_header Forwarded") == '""'
+    assert directive("proxy_set_header X-Forwarded-Host") == '""'
+
+
+def test_the_proxy_takes_what_the_shop_takes() -> None:
+    """Its limits of size are those of the settings, and it waits longer than the shop lets a handler take."""
+    settings = Settings()
+    assert int(directive("client_max_body_size")) == settings.request_limits.max_body_bytes
+    count, size = directive("large_client_header_buffers").split()
+    assert int(count) * int(size.removesuffix("k")) * 1024 == settings.request_limits.max_header_bytes
+    first_byte = settings.timeout.first_byte_seconds
+    assert first_byte is not None
+    assert float(directive("proxy_read_timeout").removesuffix("s")) > first_byte
+
+
+def test_the_proxy_lets_slow_senders_go() -> None:
+    """A header and each piece of a body have ten seconds."""
+    assert directive("client_header_timeout") == "10s"
+    assert directive("client_body_timeout") == "10s"
+
+
+def test_the_store_has_a_password_a_limit_and_evicts_nothing(compose: dict[str, Any]) -> None:
+    """The lines that Valkey starts from say so, and the password is none of them."""
+    lines = compose["services"]["valkey"]["command"][-1].splitlines()
+    assert {"requirepass $$VALKEY_PASSWORD", "maxmemory 128mb", "maxmemory-policy noeviction"} <= set(lines)
+
+
+def test_prometheus_reads_what_the_settings_serve(compose: dict[str, Any]) -> None:
+    """It asks the shop's port for the default path, with the token, and has the rules."""
+    prometheus = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text(encoding="utf-8"))
+    mounted = dict(mount.split(":")[1::-1] for mount in compose["services"]["prometheus"]["volumes"])
+    (job,) = prometheus["scrape_configs"]
+    assert job.get("metrics_path", "/metrics") == Settings().metrics.path
+    assert job["static_configs"] == [{"targets": [f"shop:{instruction('EXPOSE')}"]}]
+    assert mounted[job["authorization"]["credentials_file"]] == "./secrets/metrics_token"
+    assert [mounted[rules] for rules in prometheus["rule_files"]] == ["./prometheus/rules.yaml"]
+    assert f"location = {Settings().metrics.path} {{" in (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
