@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
-from fastapi_hardening import Settings
+from fastapi_hardening import Bulkhead, Settings, harden
 from fastapi_hardening.cli import main
+from fastapi_hardening.core.events import AttackFound, RequestRefused
+from fastapi_hardening.core.lifecycle import DrainStarted
+from fastapi_hardening.observability.health import HealthChanged
+from fastapi_hardening.resilience.retry import RetryGivenUp
+from fastapi_hardening.security.bans import BanLifted, Banned, ClientBanned
+from fastapi_hardening.security.rate_limit import RateLimited
 
 DEPLOY = Path(__file__).resolve().parents[2] / "sample_app" / "deploy"
 SECRETS = {"HARDENING_METRICS__TOKEN": "0123456789abcdef"}  # what docs/deploy.md puts into the Secret
@@ -248,3 +256,109 @@ def test_prometheus_reads_what_the_settings_serve(compose: dict[str, Any]) -> No
     assert mounted[job["authorization"]["credentials_file"]] == "./secrets/metrics_token"
     assert [mounted[rules] for rules in prometheus["rule_files"]] == ["./prometheus/rules.yaml"]
     assert f"location = {Settings().metrics.path} {{" in (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
+
+
+# --- the dashboard ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def exposed() -> dict[str, set[str]]:
+    """The series of a hardened application to which most things happened, with the labels that they have."""
+    app = FastAPI()
+    settings = Settings(upstreams={"stock": {"base_urls": "http://127.0.0.1:9"}}, state_url="redis://127.0.0.1:9/0")
+    handle = harden(app, settings)
+    handle.retries.add("stock")
+    for breaker in handle.breakers.list():
+        handle.breakers[breaker.name].force_open()
+    levels = handle.cache.levels.metrics
+    levels.hit("memory")
+    levels.stale.labels("error").inc()
+    levels.computations.labels("made").inc()
+    levels.up.labels("memory").set(1)
+    recorder = handle.metrics
+    recorder.record_aborted("/rare", "disconnect")
+    recorder.record_websocket("/rare", "accepted")
+    for event in (
+        RequestRefused("quota-exceeded", 429, "rate limit", "/rare", "1", "203.0.113.9", None),
+        AttackFound("sql.quoted-tautology", "sql", "/body", False, "/rare", "1", "203.0.113.9"),
+        HealthChanged("database", "pass", "fail", None),
+        RetryGivenUp("stock", 3, "attempts", "TimeoutError"),
+    ):
+        handle.events.emit(event)
+
+    @app.get("/rare", dependencies=[Bulkhead(1)])
+    async def rare() -> None: ...
+
+    TestClient(app).get("/rare")
+    found: dict[str, set[str]] = {"up": set()}  # Prometheus makes this one itself
+    for family in recorder.registry.collect():
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+def expressions(dashboard: dict[str, Any]) -> list[str]:
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+
+
+def test_the_dashboard_reads_only_what_is_exposed(dashboard: dict[str, Any], exposed: dict[str, set[str]]) -> None:
+    """Each series of each expression is one that a hardened application shows, and has the labels that are asked."""
+    read = 0
+    for expression in expressions(dashboard):
+        series = re.findall(r"(\w+)\{", expression)
+        assert series
+        assert set(series) <= set(exposed), expression
+        labels = set().union(*(exposed[name] for name in series)) | {"job", "instance"}
+        grouped = {each.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for each in group.split(",")}
+        matched = set(re.findall(r"(\w+)=~?\"", expression))
+        assert grouped | matched <= labels, expression
+        read += len(series)
+    assert read >= len(expressions(dashboard)) > 30
+
+
+def test_each_legend_names_a_label_that_is_left(dashboard: dict[str, Any]) -> None:
+    """A legend can only show what the expression groups by."""
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            grouped = set(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", target["expr"]))))
+            assert named <= grouped | {"instance"}, panel["title"]
+
+
+def test_each_event_of_the_dashboard_is_one(dashboard: dict[str, Any]) -> None:
+    """The events that panels ask for by name are classes of events."""
+    named = set(re.findall(r'event="(\w+)"', " ".join(expressions(dashboard))))
+    assert named == {event.__name__ for event in (ClientBanned, BanLifted, DrainStarted)}
+    problems = set(re.findall(r'problem="([\w-]+)"', " ".join(expressions(dashboard))))
+    assert problems == {Banned.type.rpartition("#")[2], RateLimited.type.rpartition("#")[2]}
+
+
+def test_panels_do_not_overlap(dashboard: dict[str, Any]) -> None:
+    """Each panel has an id and a place of its own."""
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(cells)) == len(cells)
+
+
+def test_grafana_is_given_the_dashboard_and_its_source(compose: dict[str, Any]) -> None:
+    """What the provisioning names is mounted, and the source is Prometheus of this compose.yaml."""
+    folder = DEPLOY / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((folder / "datasources" / "prometheus.yaml").read_text(encoding="utf-8"))["datasources"]
+    (provider,) = yaml.safe_load((folder / "dashboards" / "hardening.yaml").read_text(encoding="utf-8"))["providers"]
+    mounted = {mount.split(":")[1] for mount in compose["services"]["grafana"]["volumes"]}
+    assert f"{provider['options']['path']}/dashboard.json" in mounted
+    assert "/etc/grafana/provisioning" in mounted
+    assert source["url"] == "http://prometheus:9090"
+    assert "prometheus" in compose["services"]
