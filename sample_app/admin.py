@@ -30,8 +30,12 @@ write_products = [RequirePermissions("products:write"), changes_catalogue]
 write_users = RequirePermissions("users:write")
 # An export holds a connection to the database for minutes. Two at a time leave the others to the shoppers, none is
 # begun while there is too much to do, and one whose reader has fallen asleep is cut off.
-export = [RequirePermissions("orders:export"), Bulkhead(2, name="exports"), Priority("background")]
-export.append(Timeout(10, total_seconds=300))
+export = [
+    RequirePermissions("orders:export"),
+    Bulkhead(2, name="exports"),
+    Priority("background"),
+    Timeout(10, total_seconds=300),
+]
 
 
 async def _change_product(session: AsyncSession, product_id: int, **values: object) -> Product:
