@@ -8,11 +8,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.effort import EFFORT
 from tests.state_server import StateServer
 
 # How long an example takes says what else the machine does.
-hypothesis.settings.register_profile("any machine", deadline=None)
-hypothesis.settings.load_profile("any machine")
+hypothesis.settings.register_profile("suite", deadline=None, max_examples=50 * EFFORT)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from fastapi_hardening.core.policy import Override
 from fastapi_hardening.core.routes import RouteEntry, RouteTable, route_of, table_of
+from tests.effort import EFFORT
 
 
 class Mark(Override):
@@ -403,7 +404,7 @@ async def reached(app: FastAPI, scope: Scope) -> tuple[int | None, Any]:
     return sent[0].get("status"), scope.get("endpoint")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150 * EFFORT, deadline=None)
 @given(
     routes=st.lists(st.tuples(placements, templates, methods), min_size=1, max_size=6),
     path=paths,

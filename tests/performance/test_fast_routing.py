@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fastapi_hardening import Settings, harden
 from fastapi_hardening.core.routes import table_of
 from fastapi_hardening.performance.fast_routing import FastRouting, RoutingSettings
+from tests.effort import EFFORT
 
 # Nothing else of ours, so that only routing can make a difference.
 ALONE: dict[str, Any] = {
@@ -397,7 +398,7 @@ def comparable(sent: list[Any]) -> list[Any]:
     return sent
 
 
-@settings(max_examples=250)
+@settings(max_examples=100 * EFFORT)
 @given(
     routes=declared,
     requests=st.lists(

@@ -41,6 +41,7 @@ from fastapi_hardening.security.auth.issuer import (
     _RefreshToken,
     _thumbprint,
 )
+from tests.effort import EFFORT
 
 NAMES = {"issuer": "https://shop.example", "audience": "https://api.shop.example"}
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -450,7 +451,7 @@ def record_of(token: str) -> str:
     return f"auth:token:{read.digest}"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60 * EFFORT, deadline=None)
 @given(st.randoms(use_true_random=False), st.sampled_from([0, 10]), st.integers(2, 5), st.integers(0, 2))
 def test_however_requests_are_interleaved_no_token_is_taken_twice(
     random: Random, grace: int, clients: int, failures: int
@@ -904,5 +905,5 @@ class Refreshes(RuleBasedStateMachine):
         assert len([event for event in self.kit.told(TokensIssued) if event.refreshed]) == len(self.accepted)
 
 
-Refreshes.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Refreshes.TestCase.settings = settings(max_examples=25 * EFFORT, stateful_step_count=30, deadline=None)
 TestRefreshes = Refreshes.TestCase

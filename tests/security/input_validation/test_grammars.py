@@ -16,6 +16,7 @@ from fastapi_hardening.security.input_validation.prose import _FOREIGN, is_prose
 from fastapi_hardening.security.input_validation.reading import Reading, is_plain, is_plain_json
 from fastapi_hardening.security.input_validation.sql import _TOKEN
 from fastapi_hardening.security.input_validation.traversal import _RUN
+from tests.effort import EFFORT
 
 INSPECTOR = Inspector()
 
@@ -802,7 +803,7 @@ TELLING = [
 ]
 
 
-@settings(max_examples=400)
+@settings(max_examples=150 * EFFORT)
 @given(st.lists(st.sampled_from(TELLING), min_size=2, max_size=9).map("".join))
 def test_sentence_never_hides_anything(text: str) -> None:
     """What is taken for a sentence has nothing in it for a close look."""
