@@ -72,6 +72,8 @@ def settings() -> Iterator[str]:
         # Sections of one kind have names of the user's choice.
         above = (name,) if _model_in(Settings.model_fields[name].annotation) else (name, "NAME")
         yield from _table(list(_rows(model, above)))
+    if not planned:
+        return
     yield "### Planned concerns { #planned }"
     yield ""
     yield "Their names are taken, and switching one on is refused. The other keys are accepted and do **nothing** yet."

@@ -8,6 +8,8 @@ Example:
 """
 
 from fastapi_hardening.api.idempotency import Idempotent
+from fastapi_hardening.api.tenancy import CurrentTenant, RequireTenant, Tenant, current_tenant
+from fastapi_hardening.api.versioning import CurrentVersion, Version
 from fastapi_hardening.core.check import CheckResult
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.identity import Principal
@@ -48,7 +50,9 @@ __all__ = [
     "Cors",
     "CspNonce",
     "CurrentRequest",
+    "CurrentTenant",
     "CurrentUser",
+    "CurrentVersion",
     "Feature",
     "Hardening",
     "Idempotent",
@@ -64,13 +68,17 @@ __all__ = [
     "RequirePermissions",
     "RequireRoles",
     "RequireScopes",
+    "RequireTenant",
     "RequireUser",
     "SecurityHeaders",
     "Settings",
+    "Tenant",
     "Timeout",
+    "Version",
     "WebSocketLimits",
     "configure_logging",
     "csp_nonce_context",
+    "current_tenant",
     "harden",
 ]
 

@@ -9,6 +9,8 @@ from opentelemetry.trace import TracerProvider
 from prometheus_client import Gauge
 from starlette.types import ASGIApp
 
+from fastapi_hardening.api.tenancy import FindTenant, Tenancy
+from fastapi_hardening.api.versioning import Versions
 from fastapi_hardening.core.cache_levels import CacheMetrics
 from fastapi_hardening.core.charge import Declarations
 from fastapi_hardening.core.check import CheckResult, Checks
@@ -123,6 +125,8 @@ class Hardening:
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         cache: What is slow to make and kept for a while; use it in endpoints.
         auth: Who calls, and what they may do.
+        versions: Which versions of the API there are.
+        tenancy: Whose data a request is about; forget a tenant here when it is closed.
         lifecycle: Whether the process starts, serves or drains.
         load: How much there is to do; add queues of your own.
         features: Which features are on; switch them off and on by hand here.
@@ -152,6 +156,8 @@ class Hardening:
     store: StateStore
     cache: Cache
     auth: Gate
+    versions: Versions
+    tenancy: Tenancy
     lifecycle: Lifecycle
     load: Load
     features: Features
@@ -170,6 +176,7 @@ class Hardening:
         *,
         authenticators: Sequence[Authenticator] = (),
         permissions_of: PermissionsOf | None = None,
+        tenants: FindTenant | None = None,
         tracer_provider: TracerProvider | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -224,6 +231,8 @@ class Hardening:
             events=self.events,
             clock=self.clock,
         )
+        self.versions = Versions(settings.versioning, clock=self.clock)
+        self.tenancy = Tenancy(settings.tenancy, tenants, clock=self.clock)
         self.allow = AllowList(settings.rate_limit.allow) if settings.rate_limit.allow else None
         self.bans = BanList(
             settings.bans,

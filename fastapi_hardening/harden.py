@@ -21,6 +21,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_hardening.api import errors, idempotency
 from fastapi_hardening.api.idempotency import IdempotencyMiddleware
+from fastapi_hardening.api.tenancy import FindTenant, TenancyMiddleware
+from fastapi_hardening.api.versioning import VersioningMiddleware
+from fastapi_hardening.api.versioning import check_routes as check_versions
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError
@@ -54,7 +57,7 @@ from fastapi_hardening.security.address_limit import AddressLimitMiddleware
 from fastapi_hardening.security.auth import openapi as auth_openapi
 from fastapi_hardening.security.auth.layer import AuthenticationMiddleware, check_routes
 from fastapi_hardening.security.auth.rbac import PermissionsOf
-from fastapi_hardening.security.cors import CorsMiddleware, take_over
+from fastapi_hardening.security.cors import CorsMiddleware, CorsSettings, take_over
 from fastapi_hardening.security.csp_reports import CspReportsMiddleware
 from fastapi_hardening.security.input_validation import InputValidationMiddleware
 from fastapi_hardening.security.rate_limit import RateLimitMiddleware
@@ -110,10 +113,12 @@ INBOUND: tuple[Slot, ...] = (
     Slot("websocket limits", "websocket_limits", "who may open websockets, what they may send, how long they stay",
          lambda h, app: WebSocketLimitsMiddleware(
              app, h.settings.websocket_limits, admits=allowed_origins(h), lifecycle=h.lifecycle, clock=h.clock)),
-    Slot("version", "versioning", "which version of the API is asked for"),
+    Slot("version", "versioning", "which version of the API is asked for",
+         lambda h, app: VersioningMiddleware(app, versions=h.versions)),
     Slot("authentication", "auth", "who calls, and whether the route lets them",
          lambda h, app: AuthenticationMiddleware(app, gate=h.auth)),
-    Slot("tenancy", "tenancy", "whose data it is about"),
+    Slot("tenancy", "tenancy", "whose data it is about",
+         lambda h, app: TenancyMiddleware(app, tenancy=h.tenancy)),
     Slot("rate limit", "rate_limit", "limits by client and route; by identity, plan and tenant once they are known",
          lambda h, app: RateLimitMiddleware(
              app, h.settings.rate_limit, clock=h.clock, store=h.store, declared=h.declared_limits, banned=banned(h))),
@@ -156,6 +161,7 @@ def harden(
     *,
     authenticators: Sequence[Authenticator] = (),
     permissions_of: PermissionsOf | None = None,
+    tenants: FindTenant | None = None,
     tracer_provider: TracerProvider | None = None,
     clock: Clock | None = None,
 ) -> Hardening:
@@ -169,6 +175,7 @@ def harden(
         settings: The settings; by default they come from the environment.
         authenticators: Who finds out who calls, asked in this order, before those that the settings name.
         permissions_of: Gives the permissions of a set of roles, beside the settings; sync or async.
+        tenants: Gives the tenant of a name, or ``None`` for no such tenant; sync or async.
         tracer_provider: Makes the tracers of OpenTelemetry; by default the global one, as soon as there is one.
         clock: Where the time comes from; for tests.
 
@@ -195,6 +202,7 @@ def harden(
         OUTBOUND,
         authenticators=authenticators,
         permissions_of=permissions_of,
+        tenants=tenants,
         tracer_provider=tracer_provider,
         clock=clock,
     )
@@ -204,15 +212,14 @@ def harden(
     def build_hardened_stack() -> ASGIApp:
         adopt_all(handle.table.built())
         check_routes(handle.auth, handle.table)
+        check_versions(handle.table, handle.settings.versioning)
         handle.table.on_rebuilt += [adopt_all, telling_of_routes(handle)]
         taken = take_over(app, handle.settings.cors)
         handle.cors = taken or handle.settings.cors
         adopt_slowapi(handle, app)
         inner = build()
-        # Mounted in another hardened application, ours step aside, but who may call is never for others to say, and a
-        # policy that was taken over still holds.
-        bare = inner if handle.auth.idle else AuthenticationMiddleware(inner, gate=handle.auth, table=handle.table)
-        bare = bare if taken is None else CorsMiddleware(bare, taken)
+        # Mounted in another hardened application, ours step aside; a policy that was taken over still holds.
+        bare = _bare(handle, inner, taken)
         # A server error middleware outermost: what instruments the application later expects one there.
         return ServerErrorMiddleware(_around(handle, inner, bare), handler=errors.exception_handler)  # type: ignore[arg-type]
 
@@ -258,6 +265,16 @@ def _around(handle: Hardening, inner: ASGIApp, bare: ASGIApp) -> ASGIApp:
         if slot.build is not None and (handle.state_of(slot) == "on" or slot.setting == "request_id"):
             app = slot.build(handle, app)
     return _StepAside(app, bare)
+
+
+def _bare(handle: Hardening, inner: ASGIApp, taken: CorsSettings | None) -> ASGIApp:
+    """What is left in another hardened application: who may call, and for whom, is never for others to say."""
+    app = inner
+    if handle.settings.tenancy.enabled:
+        app = TenancyMiddleware(app, tenancy=handle.tenancy, table=handle.table)
+    if not handle.auth.idle:
+        app = AuthenticationMiddleware(app, gate=handle.auth, table=handle.table)
+    return app if taken is None else CorsMiddleware(app, taken)
 
 
 class _StepAside:

@@ -5,20 +5,21 @@ built. The order of the layers is in :mod:`fastapi_hardening.harden`.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import Gauge
 from starlette.types import Scope
 
-from fastapi_hardening.api import docs_pages, errors
+from fastapi_hardening.api import docs_pages, errors, tenancy, versioning
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.configuration import ConfigurationError
+from fastapi_hardening.core.context import RequestContext
 from fastapi_hardening.core.headers import RawHeaders
 from fastapi_hardening.core.policy import Guard, allow_nobody, either
 from fastapi_hardening.core.problem import Problem
-from fastapi_hardening.core.routes import RouteTable, table_of
+from fastapi_hardening.core.routes import RouteEntry, RouteTable, table_of
 from fastapi_hardening.core.store import MemoryStore
 from fastapi_hardening.handle import Hardening
 from fastapi_hardening.observability.health import HealthChanged
@@ -46,6 +47,10 @@ logger = logging.getLogger("fastapi_hardening")
 def introduce(handle: Hardening) -> None:
     """Has concerns that know nothing of metrics and health counted and checked."""
     settings = handle.settings
+    if settings.versioning.enabled:
+        handle.versions.count = versioning.measure(handle.metrics.registry)
+    if settings.tenancy.enabled and settings.tenancy.max_measured:
+        handle.tenancy.count = tenancy.measure(handle.metrics.registry, settings.tenancy.max_measured)
     batcher.measure(handle.metrics.registry, handle.events)
     if settings.csp_reports.enabled:
         csp_reports.measure(handle.metrics.registry, handle.events)
@@ -135,6 +140,8 @@ def adopting(handle: Hardening) -> Callable[[RouteTable], None]:
                 errors.install(application, handle.settings.errors)
             if docs.enabled:
                 docs_pages.install(application, docs, nonce=csp_nonce, policies=policies)
+            if handle.settings.versioning.enabled and isinstance(application, FastAPI):
+                versioning.describe(application, handle.versions)
             if not handle.auth.idle and isinstance(application, FastAPI):
                 auth_openapi.describe(application, handle.auth)
             route(application, handle)
@@ -152,9 +159,19 @@ def route(application: Any, handle: Hardening) -> None:
             application.router,
             table_of(application),
             handle.settings.routing,
-            moved=lambda entry, scope, context: demand_again(handle.auth, entry, scope, context),
+            moved=_demanding_again(handle),
             owner=handle,
         )
+
+
+def _demanding_again(handle: Hardening) -> Callable[[RouteEntry, Scope, RequestContext], Awaitable[None]]:
+    """Asks again who may call, and for whom, where a middleware has moved a request."""
+
+    async def moved(entry: RouteEntry, scope: Scope, context: RequestContext) -> None:
+        await demand_again(handle.auth, entry, scope, context)
+        await tenancy.admit_again(entry, scope, context)
+
+    return moved
 
 
 def telling_of_routes(handle: Hardening) -> Callable[[RouteTable], None]:
@@ -163,6 +180,7 @@ def telling_of_routes(handle: Hardening) -> Callable[[RouteTable], None]:
     def tell(table: RouteTable) -> None:
         try:
             check_routes(handle.auth, table)
+            versioning.check_routes(table, handle.settings.versioning)
         except ConfigurationError as error:
             logger.warning("%s", error)
 

@@ -22,6 +22,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from fastapi_hardening.api.docs_pages import DocsPagesSettings
 from fastapi_hardening.api.errors import ErrorsSettings
 from fastapi_hardening.api.idempotency import IdempotencySettings
+from fastapi_hardening.api.tenancy import TenancySettings
+from fastapi_hardening.api.versioning import VersioningSettings
 from fastapi_hardening.core.client_ip import UNIX, parse_network
 from fastapi_hardening.core.configuration import ConcernSettings, ConfigurationError
 from fastapi_hardening.core.redis_address import read_address
@@ -187,14 +189,14 @@ class Settings(BaseSettings):
     bans: BansSettings = BansSettings()
     """Who is shut out for a while."""
 
-    versioning: NotBuiltYet = NotBuiltYet()
-    """API versions; planned."""
+    versioning: VersioningSettings = VersioningSettings()
+    """Which version of the API is asked for."""
 
     auth: AuthSettings = AuthSettings()
     """Who calls, and whether the route lets them."""
 
-    tenancy: NotBuiltYet = NotBuiltYet()
-    """Tenants; planned."""
+    tenancy: TenancySettings = TenancySettings()
+    """Whose data a request is about."""
 
     rate_limit: RateLimitSettings = RateLimitSettings()
     """Rate limits."""

@@ -296,6 +296,18 @@ async def test_a_caller_who_is_let_in_costs_few_calls(asked: str, most: int) -> 
     assert on.outside[0].sends == off.outside[0].sends
 
 
+@pytest.mark.parametrize(
+    ("concern", "most"),
+    [({"versioning": {"versions": ["1", "2"], "default": "1"}}, 22), ({"tenancy": {"default": "acme"}}, 20)],
+)
+async def test_a_concern_that_is_off_by_default_takes_few_calls(concern: dict[str, Any], most: int) -> None:
+    """One frame on the way in, at most one function on the way out, and few calls beside."""
+    on, off = await Recorder(Settings.model_validate(concern)).serve("GET /ok"), await Recorder().serve("GET /ok")
+    assert on.calls - off.calls <= most
+    assert on.inside[0].ours == off.inside[0].ours + 1
+    assert on.outside[0].ours <= off.outside[0].ours + 2
+
+
 async def test_websocket_limits_take_few_calls_for_each_message() -> None:
     """What is counted and watched of a message and of the answer to it is a few calls, and no task or timer."""
     added: list[int] = []

@@ -106,7 +106,7 @@ def test_what_is_switched_off_is_not_there() -> None:
     off: Any = {"enabled": False}
     handle = harden(app, Settings(**{slot.setting: off for slot in INBOUND}))
     assert layers(app) == ["ServerErrorMiddleware", "_StepAside", "RequestContextMiddleware"]
-    assert {layer.state for layer in handle.pipeline} == {"off", "planned"}
+    assert {layer.state for layer in handle.pipeline} == {"off"}
     answer = TestClient(app).get("/nope")
     assert "x-request-id" not in answer.headers
     assert answer.json() == {"detail": "Not Found"}

@@ -175,7 +175,6 @@ def test_all_mistakes_are_said_at_once_each_with_its_source(monkeypatch: Environ
         ({"trusted_proxies": "[1"}, "trusted_proxies: is not JSON"),
         ({"request_id": {"header": "X Request"}}, "not a header name"),
         ({"workers": 0}, "workers: Input should be greater than or equal to 1"),
-        ({"tenancy": {"enabled": True}}, "tenancy: this concern is not built yet"),
         ({"state_url": "http://user:secret@host"}, "state_url: begins with redis://, rediss:// (TLS)"),
         ({"nonsense": 1}, "nonsense: unknown key; known are access_log,"),
     ],

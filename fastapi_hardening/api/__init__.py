@@ -1,1 +1,1 @@
-"""The interface itself: errors now; versions, tenants and more to come."""
+"""The interface itself: errors, versions, tenants."""

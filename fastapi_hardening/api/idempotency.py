@@ -395,7 +395,7 @@ class IdempotencyMiddleware:
                 )
             return None
         name = _name(key, scope, context)
-        record = Record(_about(scope), context.request_id, _cookies(scope, context))
+        record = Record(_about(scope, context), context.request_id, _cookies(scope, context))
         seconds = self.settings.ttl_seconds if override.ttl_seconds is None else override.ttl_seconds
         try:
             known = await self.ledger.claim(name, record, override.on_store_failure or self.settings.on_store_failure)
@@ -530,10 +530,11 @@ def _digest_of(*parts: Any) -> str:
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
 
 
-def _about(scope: Scope) -> str:
+def _about(scope: Scope, context: RequestContext) -> str:
     """What a request is about, but for its body."""
     types = get_all(scope["headers"], b"content-type")
-    return _digest_of(scope["method"], scope.get("root_path", ""), scope["path"], scope.get("query_string", b""), types)
+    path = (scope.get("root_path", ""), scope["path"], scope.get("query_string", b""))
+    return _digest_of(scope["method"], *path, types, context.version)
 
 
 async def _same_body(known: Record, receive: Receive) -> bool:

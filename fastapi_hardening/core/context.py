@@ -38,6 +38,7 @@ class RequestContext:
         traceparent: The W3C ``traceparent`` as it came in, not validated; ``None`` without one.
         principal: Who the caller is, once authentication has said so.
         tenant: Whose data it is about, once tenancy has said so.
+        version: Which version of the API it gets, once that is known.
         fields: The request's header fields by name; ``None`` where a name stands twice, or nobody has looked yet.
         error_format: ``problem`` (RFC 9457) or ``fastapi`` (``{"detail": ...}``).
         events: The event bus of the hardened application, or ``None`` outside one.
@@ -65,6 +66,7 @@ class RequestContext:
         "tenant",
         "traceparent",
         "unique",
+        "version",
     )
 
     def __init__(
@@ -95,6 +97,7 @@ class RequestContext:
         self.fields: dict[bytes, bytes] | None = None
         self.principal: Any = None
         self.tenant: str | None = None
+        self.version: str | None = None
         self.unique = False
         self.state: dict[type, Any] = {}
 

@@ -36,12 +36,12 @@ def checked_host(pattern: str) -> str:
     address = name.startswith("[")
     if (address and not name.endswith("]")) or (not address and ":" in name):
         raise ValueError(f"{pattern!r} has a port, or is an IPv6 address without brackets; ports do not matter here")
-    if "*" in name or not well_formed_host(name.encode()) or not _host_name(name.encode()):
+    if "*" in name or not well_formed_host(name.encode()) or not host_name(name.encode()):
         raise ValueError(f"{pattern!r} is not like 'shop.example', '*.shop.example' or '[::1]'")
-    return host.removesuffix(name) + _host_name(name.encode())
+    return host.removesuffix(name) + host_name(name.encode())
 
 
-def _host_name(value: bytes) -> str:
+def host_name(value: bytes) -> str:
     """The host of a ``Host`` field without its port, in one spelling."""
     text = value.decode("latin-1").lower()
     if text.startswith("["):
@@ -71,7 +71,7 @@ class HostList:
         """Whether the host of a ``Host`` field is one of them."""
         if self._any:
             return True
-        name = _host_name(host)
+        name = host_name(host)
         # "*.shop.example" is not a name; a client that sends it literally is none of ours.
         return "*" not in name and (name in self._names or name.endswith(self._endings))
 
@@ -84,7 +84,7 @@ def well_formed_host(host: bytes) -> bool:
     if colon and port and not port.isdigit():
         return False
     if name.startswith(b"["):
-        return name.endswith(b"]") and bool(_host_name(name))
+        return name.endswith(b"]") and bool(host_name(name))
     return not any(c in name for c in b":[]")
 
 

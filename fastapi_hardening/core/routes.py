@@ -51,6 +51,7 @@ class RouteEntry:
         dependant: FastAPI's description of the endpoint, for concerns that read its parameters.
         max_body_size: FastAPI's own limit of the body, of the route, its includes or its application, in bytes.
         applications: The applications that it is in, the outermost first.
+        declared: The template as it was written, with the convertors of its parameters (``/files/{name:path}``).
     """
 
     template: str | None
@@ -61,6 +62,7 @@ class RouteEntry:
     dependant: Any = None
     max_body_size: int | None = None
     applications: tuple[Any, ...] = ()
+    declared: str | None = None
 
     def of(self, kind: type[Override]) -> tuple[Override, ...]:
         """The overrides of one class, the outermost level first."""
@@ -339,6 +341,7 @@ class _Level:
             dependant=dependant,
             max_body_size=getattr(effective, "max_body_size", None),
             applications=self._applications,
+            declared=None if path is None else self._prefix + path,
         )
         order = len(self._all)
         inside = None

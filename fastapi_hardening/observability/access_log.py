@@ -49,7 +49,7 @@ logger = logging.getLogger("fastapi_hardening.access")
 Outcome = Literal["completed", "refused", "disconnected", "cancelled", "failed", "unfinished"]
 
 # What may be left out; the first fields of a line are always there.
-_OPTIONAL = "first_byte_ms bytes_in bytes_out trace_id client principal tenant user_agent"
+_OPTIONAL = "first_byte_ms bytes_in bytes_out trace_id client principal tenant version user_agent"
 
 # RFC 6455, section 7.4.1: done, going away, and a close frame without a code. Anything else was no proper end.
 _PROPER_ENDS = (1000, 1001, 1005)
@@ -299,6 +299,8 @@ class AccessLog:
             more = f',"principal":{quoted(self._clean(_name_of(context.principal)))}'
         if context.tenant is not None:
             more += f',"tenant":{quoted(self._clean(context.tenant))}'
+        if context.version is not None:
+            more += f',"version":{quoted(context.version)}'
         if agent is not None:
             more += f',"user_agent":{self._text(agent)}'
         if exchange.trace_id is not None:
@@ -335,6 +337,8 @@ class AccessLog:
             fields["principal"] = self._clean(_name_of(context.principal))
         if context.tenant is not None:
             fields["tenant"] = self._clean(context.tenant)
+        if context.version is not None:
+            fields["version"] = context.version
         agent = get(scope["headers"], b"user-agent")
         if agent is not None:
             fields["user_agent"] = self._clean(agent.decode("latin-1"))

@@ -13,7 +13,17 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel, Field
 from starlette.requests import HTTPConnection
 
-from fastapi_hardening import Hardening, Idempotent, Principal, Problem, RateLimit, RequireScopes, Settings, harden
+from fastapi_hardening import (
+    Hardening,
+    Idempotent,
+    Principal,
+    Problem,
+    RateLimit,
+    RequireScopes,
+    Settings,
+    Tenant,
+    harden,
+)
 from fastapi_hardening.api.idempotency import IdempotencyMiddleware
 from fastapi_hardening.core.clock import ManualClock
 from fastapi_hardening.core.identity import InvalidCredentials
@@ -124,6 +134,31 @@ def closed(token: str | None, **headers: str) -> httpx2.Response:
     return TestClient(app).post("/orders", headers={**authorization, **headers})
 
 
+def in_tenancy(path: str, *also: str, **headers: str) -> httpx2.Response:
+    app = FastAPI()
+
+    @app.get("/{tenant}")
+    async def data(tenant: str) -> None: ...
+
+    def find(name: str) -> Tenant | None:
+        if name == "down":
+            raise ConnectionError("no database")
+        return None if name == "nobody" else Tenant(name)
+
+    tenancy = {"sources": ["path", "header"], "trusted_callers": ["127.0.0.1"]}
+    harden(app, Settings.model_validate({"tenancy": tenancy}), authenticators=[Tokens()], tenants=find)
+    fields = [("X-Tenant", name) for name in also] + list(headers.items())
+    return TestClient(app, client=("127.0.0.1", 1)).get(path, headers=fields)
+
+
+def of_version(version: str) -> httpx2.Response:
+    app = FastAPI()
+    old = {"version": "1", "since": "2020-01-01T00:00:00Z", "sunset": "2020-07-01T00:00:00Z"}
+    versioning = {"versions": ["1", "2"], "deprecated": [old], "after_sunset": "gone"}
+    harden(app, Settings.model_validate({"versioning": versioning}))
+    return TestClient(app).get("/", headers={"API-Version": version})
+
+
 def an_attack(_client: TestClient) -> httpx2.Response:
     app = FastAPI()
     harden(app, Settings(_env_file=None, input_validation={"mode": "enforce"}))
@@ -181,10 +216,17 @@ CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "validation-failed": lambda client: client.post("/orders", json={"lines": [{"quantity": 0}]}),
     "internal-error": lambda client: client.get("/boom"),
     "temporary-reduced-capacity": past_the_deadline,
+    "version-not-served": lambda _: of_version("9"),
+    "version-gone": lambda _: of_version("1"),
     "authentication-required": lambda _: closed(None),
     "invalid-credentials": lambda _: closed("forged"),
     "not-allowed": lambda _: closed("anna"),
     "cross-site-request": lambda _: closed("anna", **{"Sec-Fetch-Site": "cross-site"}),
+    "tenant-required": lambda _: in_tenancy("/"),
+    "tenant-ambiguous": lambda _: in_tenancy("/north", "south"),
+    "cross-tenant-request": lambda _: in_tenancy("/north", authorization="Bearer anna"),
+    "tenant-unknown": lambda _: in_tenancy("/nobody"),
+    "tenant-unavailable": lambda _: in_tenancy("/down"),
     "authentication-unavailable": lambda _: closed("down"),
     "quota-exceeded": too_many,
     "abnormal-usage-detected": a_flood,

@@ -189,6 +189,8 @@ class Desk:
         tenant = context.tenant or getattr(principal, "tenant", None)
         if tenant is not None:
             parts.append(f"tenant {tenant!r}")
+        if context.version is not None:
+            parts.append(f"version {context.version!r}")
         tags = override.tags
         if override.key is not None:
             own = override.key(HTTPConnection(scope))
