@@ -143,8 +143,8 @@ def test_settings_take_every_variable_of_the_manifests(
 
 
 def test_the_rules_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    """`fastapi-hardening alerts` prints prometheus/rules.yaml."""
-    main(["alerts"])
+    """`fastapi-hardening alerts sample_app.main:app` prints prometheus/rules.yaml."""
+    main(["alerts", "sample_app.main:app"])
     printed = capsys.readouterr().out
     assert printed == (DEPLOY / "prometheus" / "rules.yaml").read_text(encoding="utf-8")
     assert yaml.safe_load(printed)["groups"]
