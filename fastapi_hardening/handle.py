@@ -9,6 +9,7 @@ from opentelemetry.trace import TracerProvider
 from prometheus_client import Gauge
 from starlette.types import ASGIApp
 
+from fastapi_hardening.api.realtime import Realtime
 from fastapi_hardening.api.tenancy import FindTenant, Tenancy
 from fastapi_hardening.api.versioning import Versions
 from fastapi_hardening.core.cache_levels import CacheMetrics
@@ -31,6 +32,7 @@ from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.observability.tracing import Tracing
 from fastapi_hardening.overview import Observability
 from fastapi_hardening.performance.cache import Cache
+from fastapi_hardening.performance.monitor import Monitor
 from fastapi_hardening.resilience.circuit_breaker import CircuitBreakers
 from fastapi_hardening.resilience.load_shedding import Shedder
 from fastapi_hardening.resilience.retry import Retries
@@ -114,6 +116,7 @@ class Hardening:
         health: Runs the checks, and remembers what they said.
         validation: What the validator found on each route, and whether refusing it would hurt anybody.
         metrics: What is recorded; add your own series and functions.
+        monitor: Which requests are slow, and what blocks the event loop.
         tracing: What makes the spans of requests, and where they go.
         alerts: What is wrong now, and who is told; silence rules and add sinks here.
         observability: One look at life, health, requests, traces and alerts.
@@ -124,6 +127,7 @@ class Hardening:
         upstreams: Other services by name; :meth:`upstream` gives the client of one.
         store: Where shared state is kept: in this process, or in the Redis of ``state_url``.
         cache: What is slow to make and kept for a while; use it in endpoints.
+        realtime: Channels of websockets and event streams; publish, and say who may subscribe.
         auth: Who calls, and what they may do.
         versions: Which versions of the API there are.
         tenancy: Whose data a request is about; forget a tenant here when it is closed.
@@ -145,6 +149,7 @@ class Hardening:
     health: Health
     validation: ValidationReport
     metrics: Recorder
+    monitor: Monitor
     tracing: Tracing
     alerts: Alerts
     observability: Observability
@@ -155,6 +160,7 @@ class Hardening:
     upstreams: Upstreams
     store: StateStore
     cache: Cache
+    realtime: Realtime
     auth: Gate
     versions: Versions
     tenancy: Tenancy
@@ -259,6 +265,9 @@ class Hardening:
             settings.trusted_proxies, forwarded_header=settings.forwarded_header, events=self.events
         )
         self.load = Load(self.events)
+        self.monitor = Monitor(settings.monitor, load=self.load, events=self.events, clock=self.clock)
+        if settings.monitor.enabled:
+            self.metrics.watch = self.monitor.record
         self.shedder = Shedder(settings.load_shedding)
         degradation = settings.degradation
         self.features = Features(
@@ -277,6 +286,13 @@ class Hardening:
             events=self.events,
             clock=self.clock,
         )
+        self.realtime = Realtime(
+            settings.realtime,
+            channels=self.store.channels("realtime") if isinstance(self.store, RedisStore) else None,
+            lifecycle=self.lifecycle,
+            events=self.events,
+            clock=self.clock,
+        )
         self.observability = Observability(
             self.service_name,
             lifecycle=self.lifecycle,
@@ -284,6 +300,7 @@ class Hardening:
             metrics=self.metrics,
             tracing=self.tracing,
             alerts=self.alerts,
+            monitor=self.monitor,
         )
         self.checks.add("client_address", self._client_address, critical=False)
         if isinstance(self.auth.keys, RemoteKeys):

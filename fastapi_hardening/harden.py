@@ -228,10 +228,15 @@ def harden(
         handle.lifecycle.begin("lifespan")
         # Without the drain layer nothing would tell clients, so the server is not kept waiting either.
         drains = handle.settings.health.enabled
-        with handle.lifecycle.on_sigterm() if drains else nullcontext():
+        with handle.lifecycle.on_sigterm() if drains else nullcontext(), handle.monitor.running():
             await handle.store.open()
             try:
-                async with handle.alerts.running(), handle.breakers.sharing(), lifespan(application) as state:
+                async with (
+                    handle.alerts.running(),
+                    handle.breakers.sharing(),
+                    handle.realtime.running(),
+                    lifespan(application) as state,
+                ):
                     handle.tracing.start()
                     handle.lifecycle.finish("lifespan")
                     yield state

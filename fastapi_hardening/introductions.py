@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from prometheus_client import Gauge
 from starlette.types import Scope
 
-from fastapi_hardening.api import docs_pages, errors, tenancy, versioning
+from fastapi_hardening.api import docs_pages, errors, realtime, tenancy, versioning
 from fastapi_hardening.core import context as request_context
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.context import RequestContext
@@ -25,7 +25,7 @@ from fastapi_hardening.handle import Hardening
 from fastapi_hardening.observability.health import HealthChanged
 from fastapi_hardening.observability.request_context import ContextMaker
 from fastapi_hardening.observability.tracing import record_exception
-from fastapi_hardening.performance import batcher
+from fastapi_hardening.performance import batcher, monitor
 from fastapi_hardening.performance.fast_routing import FastRouting
 from fastapi_hardening.resilience import circuit_breaker, concurrency, degradation, failover, load_shedding, retry
 from fastapi_hardening.resilience.degradation import Feature
@@ -72,6 +72,10 @@ def introduce(handle: Hardening) -> None:
     )
     if settings.load_shedding.enabled:
         load_shedding.measure(handle.metrics.registry, handle.shedder)
+    if settings.monitor.enabled:
+        monitor.measure(handle.metrics.registry, handle.events, handle.monitor)
+    if settings.realtime.enabled:
+        realtime.measure(handle.metrics.registry, handle.events, handle.realtime)
     concurrency.measure(handle.metrics.registry, handle.table)
     if settings.degradation.enabled:
         degradation.measure(handle.metrics.registry, handle.features)

@@ -14,6 +14,7 @@ from fastapi_hardening.observability.alerts.selectors import read
 from fastapi_hardening.observability.health import Health
 from fastapi_hardening.observability.metrics import Recorder
 from fastapi_hardening.observability.tracing import Tracing
+from fastapi_hardening.performance.monitor import Monitor, MonitorSnapshot
 
 _REQUESTS, _IN_PROGRESS, _REFUSALS = "http_requests_total", "http_requests_inprogress", "hardening_refusals_total"
 
@@ -32,6 +33,7 @@ class Overview:
         refusals: How many were refused, by layer.
         tracing: What makes the spans; ``None`` while nothing does.
         alerts: What fires, and how severe it is.
+        monitor: Where the time goes; ``None`` where it is switched off.
     """
 
     service: str
@@ -43,6 +45,7 @@ class Overview:
     refusals: dict[str, int]
     tracing: str | None
     alerts: dict[str, str]
+    monitor: MonitorSnapshot | None = None
 
 
 class Observability:
@@ -55,6 +58,7 @@ class Observability:
         metrics: What is recorded.
         tracing: What makes spans.
         alerts: What is watched.
+        monitor: What knows where the time goes.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Observability:
         metrics: Recorder,
         tracing: Tracing,
         alerts: Alerts,
+        monitor: Monitor,
     ) -> None:
         self._service = service
         self._lifecycle = lifecycle
@@ -73,6 +78,7 @@ class Observability:
         self._metrics = metrics
         self._tracing = tracing
         self._alerts = alerts
+        self._monitor = monitor
 
     async def overview(self) -> Overview:
         """One look, now. Checks whose result is no longer fresh run for it."""
@@ -90,6 +96,7 @@ class Observability:
             refusals=_by(samples.get(_REFUSALS, ()), "layer"),
             tracing=self._tracing.emitter if traces or self._tracing.emitter == "application" else None,
             alerts={alert.rule.name: alert.rule.severity for alert in self._alerts.active},
+            monitor=self._monitor.snapshot() if self._monitor.settings.enabled else None,
         )
 
 

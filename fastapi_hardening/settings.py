@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from fastapi_hardening.api.docs_pages import DocsPagesSettings
 from fastapi_hardening.api.errors import ErrorsSettings
 from fastapi_hardening.api.idempotency import IdempotencySettings
+from fastapi_hardening.api.realtime import RealtimeSettings
 from fastapi_hardening.api.tenancy import TenancySettings
 from fastapi_hardening.api.versioning import VersioningSettings
 from fastapi_hardening.core.client_ip import UNIX, parse_network
@@ -38,6 +39,7 @@ from fastapi_hardening.observability.tracing import TracingSettings
 from fastapi_hardening.performance.cache import CacheSettings
 from fastapi_hardening.performance.compression import CompressionSettings
 from fastapi_hardening.performance.fast_routing import RoutingSettings
+from fastapi_hardening.performance.monitor import MonitorSettings
 from fastapi_hardening.performance.response_cache import ResponseCacheSettings
 from fastapi_hardening.resilience.circuit_breaker import CircuitBreakersSettings
 from fastapi_hardening.resilience.degradation import DegradationSettings
@@ -158,6 +160,9 @@ class Settings(BaseSettings):
     tracing: TracingSettings = TracingSettings()
     """One OpenTelemetry span a request."""
 
+    monitor: MonitorSettings = MonitorSettings()
+    """Slow requests, and what blocks the event loop."""
+
     alerts: AlertsSettings = AlertsSettings()
     """When somebody is told that the service is not well."""
 
@@ -230,6 +235,9 @@ class Settings(BaseSettings):
 
     upstreams: dict[str, UpstreamSettings] = Field(default_factory=dict)
     """Other services by name, with everything that stands around their calls."""
+
+    realtime: RealtimeSettings = RealtimeSettings()
+    """Channels of websockets and event streams."""
 
     docs_pages: DocsPagesSettings = DocsPagesSettings()
     """The pages of the API's documentation."""

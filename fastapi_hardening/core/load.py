@@ -49,11 +49,14 @@ class Load:
         level: 0 calm, 1 busy, 2 overloaded, 3 drowning.
         queues: Queues of the application that are looked at as well; each says how long it is, as a multiple of what is
             too long: ``handle.load.queues.append(lambda: pool.waiting / pool.size)``.
+        on_look: What is called when the event loop has been looked at: with when that is done again, in monotonic
+            seconds (infinite for not until something comes), and how long a newcomer has just waited, in seconds.
     """
 
     def __init__(self, events: Events | None = None) -> None:
         self.level: Level = 0
         self.queues: list[Callable[[], float]] = []
+        self.on_look: list[Callable[[float, float], None]] = []
         self._events = events
 
     def tell(self, level: Level) -> None:

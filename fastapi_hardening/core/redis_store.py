@@ -31,6 +31,7 @@ from fastapi_hardening.core.clock import Clock
 from fastapi_hardening.core.configuration import ConfigurationError
 from fastapi_hardening.core.events import Events
 from fastapi_hardening.core.redis_address import read_address
+from fastapi_hardening.core.redis_channels import RedisChannels
 from fastapi_hardening.core.redis_scripts import BEAT_DIGEST, SCRIPTS, SPEND_DIGEST
 from fastapi_hardening.core.redis_transport import ClusterTransport, Command, PooledTransport, Transport
 from fastapi_hardening.core.store import SharedCounters, SharedLimits, StoreFailed, StoreRecovered, StoreUnavailable
@@ -173,6 +174,11 @@ class RedisStore:
     async def delete(self, key: str) -> None:
         """Forgets a key."""
         await self._write("DEL", self._value_key(key))
+
+    def channels(self, name: str) -> RedisChannels:
+        """Channels on which all workers hear each other, under a name that tells them from others."""
+        prefix = self._key(f"{name}:")
+        return RedisChannels(self._address, prefix, self._state.budget_seconds, self._write)
 
     def check(self) -> CheckResult:
         """What a health check says of the store; asks nobody, for the heartbeat does."""

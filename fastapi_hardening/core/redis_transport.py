@@ -4,7 +4,8 @@ Both send commands together, wait for nothing longer than they are told, and try
 answer without the store. redis-py is an extra, so it is imported where it is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from fastapi_hardening.core.redis_address import Address
@@ -65,7 +66,7 @@ class PooledTransport:
 
         connection = await self._pool.get_connection()
         try:
-            await connection.send_packed_command(_packed(commands))
+            await connection.send_packed_command(packed(commands))
             replies: list[Any] = []
             for _ in commands:
                 try:
@@ -74,6 +75,16 @@ class PooledTransport:
                     replies.append(error)
             return replies
         finally:
+            await self._pool.release(connection)
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[Any]:
+        """A connection for one alone, who reads it as it likes; closed at the end."""
+        connection = await self._pool.get_connection()
+        try:
+            yield connection
+        finally:
+            await connection.disconnect()
             await self._pool.release(connection)
 
     async def close(self) -> None:
@@ -110,7 +121,7 @@ class ClusterTransport:
         await self._client.aclose()
 
 
-def _packed(commands: Sequence[Command]) -> bytes:
+def packed(commands: Sequence[Command]) -> bytes:
     """Commands as they go over the wire (RESP, arrays of bulk strings); redis-py's own takes three times as long."""
     parts = []
     for command in commands:

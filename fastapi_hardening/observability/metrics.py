@@ -84,6 +84,7 @@ _FIRST_SECOND = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0)
 _LATER = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0, 30.0, 60.0)
 
 Instrumentation = Callable[[Info], Awaitable[None] | None]
+Watch = Callable[[str, str, float, float, tuple[Scope, int, int]], None]
 AbortCause = Literal["disconnect", "cancelled", "exception"]
 
 
@@ -164,6 +165,7 @@ class Recorder:
         websockets_open: The websockets that are open.
         functions: What :meth:`add` was given, but for async functions.
         async_functions: The async functions that :meth:`add` was given.
+        watch: What is told of each request that has ended: method, handler, seconds, the time; scope, status and trace.
 
     Raises:
         ConfigurationError: That directory is not there, or was named after ``prometheus_client`` was imported.
@@ -183,6 +185,7 @@ class Recorder:
         self.requests: Tally | SharedTally | None = None
         self.functions: list[Callable[[Info], None]] = []
         self.async_functions: list[Callable[[Info], Awaitable[None]]] = []
+        self.watch: Watch | None = None
         buckets = fine, coarse = settings.duration_buckets, settings.route_duration_buckets
         if settings.engine == "instrumentator":
             self.add(instrumentators_series(registry=registry, latency_highr_buckets=fine, latency_lowr_buckets=coarse))
@@ -557,9 +560,11 @@ class _Exchange:
 
     def _record(self) -> Awaitable[None] | None:
         self._ended = True
-        self._seconds = self._now() - self._started
+        now = self._now()
+        self._seconds = now - self._started
         self._recorder.leave()
         status, headers = self._status_and_headers()
+        trace_id = sampled_trace() if self._recorder.settings.exemplars else 0
         self._tally.record(
             self._method,
             self._handler,
@@ -567,8 +572,11 @@ class _Exchange:
             seconds=self._seconds,
             request_bytes=self._declared(),
             response_bytes=declared_length(headers),
-            trace_id=sampled_trace() if self._recorder.settings.exemplars else 0,
+            trace_id=trace_id,
         )
+        watch = self._recorder.watch
+        if watch is not None:
+            watch(self._method, self._handler, self._seconds, now, (self._scope, status, trace_id))
         return self._call_functions() if self._functions else None
 
     def _declared(self) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import httpx2
 import pytest
 from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, Field
 from starlette.requests import HTTPConnection
@@ -211,6 +212,17 @@ def a_broken_circuit(_client: TestClient) -> httpx2.Response:
     return TestClient(app).get("/stock")
 
 
+def a_foreign_channel(_client: TestClient) -> httpx2.Response:
+    app = FastAPI()
+    handle = harden(app, Settings(_env_file=None))
+
+    @app.get("/events", response_class=StreamingResponse)
+    async def events(request: Request) -> StreamingResponse:
+        return await handle.realtime.of(request).events("orders:42")
+
+    return TestClient(app).get("/events")
+
+
 CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "about-blank": lambda client: client.get("/no-such-page"),
     "validation-failed": lambda client: client.post("/orders", json={"lines": [{"quantity": 0}]}),
@@ -237,6 +249,7 @@ CASES: dict[str, Callable[[TestClient], httpx2.Response]] = {
     "request-in-progress": in_progress,
     "already-done": lambda _: payments("a", "a", large=True),
     "circuit-open": a_broken_circuit,
+    "channel-refused": a_foreign_channel,
 }
 
 

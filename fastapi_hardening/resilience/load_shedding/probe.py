@@ -58,6 +58,7 @@ class Probe:
         # Of two loops that take turns in starting it, each has one chain of looks, and not one more each time.
         self._chain += 1
         self._arm(loop, self._chain)
+        self._tell(0.0)
 
     def mark_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """Has the shedder told when the next turn of the event loop begins."""
@@ -84,7 +85,8 @@ class Probe:
         if self._memory is not None and now >= self._memory_at:
             self._memory_at = now + _MEMORY_SECONDS
             shedder.exhausted = self._memory()
-        shedder.look(now, max(0.0, late) + now - since, self._longest())
+        delay = max(0.0, late) + now - since
+        shedder.look(now, delay, self._longest())
         self._load.tell(shedder.level)
         if shedder.on_look is not None:
             shedder.on_look()
@@ -95,6 +97,11 @@ class Probe:
         else:
             self.loop = None
             shedder.next_look = math.inf
+        self._tell(delay)
+
+    def _tell(self, delay: float) -> None:
+        for told in self._load.on_look:
+            told(self._shedder.next_look, delay)
 
     def _longest(self) -> float:
         threads = self._threads
