@@ -12,7 +12,8 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_hardening import RateLimit, RequirePermissions, RequireUser, SecurityHeaders
+from fastapi_hardening import Bulkhead, Priority, RateLimit, RequirePermissions, RequireUser, SecurityHeaders, Timeout
+from sample_app.catalogue import changes_catalogue
 from sample_app.database import CurrentSession
 from sample_app.models import Order, OrderEvent, OrderLine, OrderStatus, Product
 from sample_app.schemas import DeliveryIn, NewProductIn, OrderOut, ProductId, ProductIn, ProductOut, RoleIn
@@ -25,8 +26,16 @@ router = APIRouter(
     # Whatever a route forgets to say, nobody gets here without an account.
     dependencies=[RequireUser(), RateLimit("60/minute", name="admin"), SecurityHeaders(cache_control="no-store")],
 )
-write_products = RequirePermissions("products:write")
+write_products = [RequirePermissions("products:write"), changes_catalogue]
 write_users = RequirePermissions("users:write")
+# An export holds a connection to the database for minutes. Two at a time leave the others to the shoppers, none is
+# begun while there is too much to do, and one whose reader has fallen asleep is cut off.
+export = [
+    RequirePermissions("orders:export"),
+    Bulkhead(2, name="exports"),
+    Priority("background"),
+    Timeout(10, total_seconds=300),
+]
 
 
 async def _change_product(session: AsyncSession, product_id: int, **values: object) -> Product:
@@ -38,7 +47,7 @@ async def _change_product(session: AsyncSession, product_id: int, **values: obje
     return changed
 
 
-@router.post("/products", status_code=status.HTTP_201_CREATED, response_model=ProductOut, dependencies=[write_products])
+@router.post("/products", status_code=status.HTTP_201_CREATED, response_model=ProductOut, dependencies=write_products)
 async def add_product(new: NewProductIn, session: CurrentSession, response: Response) -> Product:
     """Add a product; 409 if the name is taken."""
     product = Product(**new.model_dump())
@@ -48,7 +57,7 @@ async def add_product(new: NewProductIn, session: CurrentSession, response: Resp
     return product
 
 
-@router.put("/products/{product_id}", response_model=ProductOut, dependencies=[write_products])
+@router.put("/products/{product_id}", response_model=ProductOut, dependencies=write_products)
 async def change_product(product_id: ProductId, product: ProductIn, session: CurrentSession) -> Product:
     """Describe or price a product anew; orders keep the price of their day."""
     try:
@@ -57,7 +66,7 @@ async def change_product(product_id: ProductId, product: ProductIn, session: Cur
         raise HTTPException(status.HTTP_409_CONFLICT, "Another product has that name.") from None
 
 
-@router.post("/products/{product_id}/deliveries", response_model=ProductOut, dependencies=[write_products])
+@router.post("/products/{product_id}/deliveries", response_model=ProductOut, dependencies=write_products)
 async def take_delivery(product_id: ProductId, delivery: DeliveryIn, session: CurrentSession) -> Product:
     """Add to the stock. Setting it to a number would undo the orders placed meanwhile."""
     return await _change_product(session, product_id, stock=Product.stock + delivery.quantity)
@@ -88,7 +97,7 @@ async def change_role(
     await end_everything(request.app, str(user.id))
 
 
-@router.get("/orders.csv", response_class=StreamingResponse, dependencies=[RequirePermissions("orders:export")])
+@router.get("/orders.csv", response_class=StreamingResponse, dependencies=export)
 async def export_orders(session: CurrentSession) -> StreamingResponse:
     """Export all orders, one row for each product; streamed, so that memory does not grow with the shop."""
     return StreamingResponse(

@@ -1,14 +1,29 @@
-"""The products, for everybody."""
+"""The products, for everybody: kept for a while, forgotten when one of them changes."""
 
-from fastapi import APIRouter, HTTPException, status
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Depends, HTTPException, status
 from sqlalchemy import select
 
-from fastapi_hardening import Public
+from fastapi_hardening import CacheResponse, Public
 from sample_app.database import CurrentSession
+from sample_app.dependencies import CurrentHardening
 from sample_app.models import Product
 from sample_app.schemas import Limit, Offset, ProductId, ProductOut, ProductPage
 
-router = APIRouter(prefix="/products", tags=["catalogue"], dependencies=[Public()])
+TAG = "catalogue"
+# `everybody`, because no answer depends on the cookie that each shopper sends. Without the database old answers do.
+cached = CacheResponse(30, per="everybody", stale_if_error_seconds=600, tags=(TAG,))
+router = APIRouter(prefix="/products", tags=["catalogue"], dependencies=[Public(), cached])
+
+
+async def _forget_answers(hardening: CurrentHardening) -> AsyncIterator[None]:
+    yield
+    await hardening.cache.invalidate(TAG)
+
+
+# For routes that change a product. `function`: before the answer is sent, so who has it sees the change.
+changes_catalogue = Depends(_forget_answers, scope="function")
 
 
 @router.get("", response_model=ProductPage)

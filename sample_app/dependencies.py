@@ -1,4 +1,4 @@
-"""Who shops: a user who is signed in, or somebody of whom only a cookie is known."""
+"""Who shops: a user who is signed in, or somebody of whom only a cookie is known. And what `harden()` gave."""
 
 import hashlib
 import re
@@ -6,8 +6,9 @@ import secrets
 from typing import Annotated
 
 from fastapi import Depends, Request, Response
+from starlette.requests import HTTPConnection
 
-from fastapi_hardening import OptionalUser, Principal
+from fastapi_hardening import Hardening, OptionalUser, Principal
 
 COOKIE = "shopper"
 COOKIE_SECONDS = 30 * 24 * 3600
@@ -42,3 +43,11 @@ def _digest(secret: str) -> str:
 
 
 Shopper = Annotated[str, Depends(_shopper)]
+
+
+async def _hardening(connection: HTTPConnection) -> Hardening:
+    handle: Hardening = connection.app.state.hardening
+    return handle
+
+
+CurrentHardening = Annotated[Hardening, Depends(_hardening)]

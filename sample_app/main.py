@@ -12,8 +12,23 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from fastapi_hardening import InputPolicy, Settings, harden
+from fastapi_hardening.observability.alerts import DEFAULT_RULES, AlertRule, Ratio
 from fastapi_hardening.security.auth import ApiKeyAuthenticator, ApiKeys, LoginThrottle, Sessions, Tickets
-from sample_app import admin, basket, catalogue, live, orders, partners, search, sessions, storefront, tokens, upload
+from sample_app import (
+    admin,
+    basket,
+    catalogue,
+    live,
+    orders,
+    partners,
+    rates,
+    search,
+    sessions,
+    storefront,
+    suggestions,
+    tokens,
+    upload,
+)
 from sample_app.database import Database, default_database_url
 from sample_app.users import ensure_admin
 
@@ -28,6 +43,17 @@ SECURITY_TXT = {
     "expires": "2027-09-30T00:00:00Z",
     "preferred_languages": ["en"],
 }
+# What the shop lives on has an alert of its own. Alerts are logged; HARDENING_ALERTS__WEBHOOKS says who else is told.
+ORDERS_FAIL = AlertRule(
+    name="OrdersFail",
+    summary="More than one order in twenty fails, and it is not the customer's mistake.",
+    when=Ratio(
+        of='http_requests_total{handler="/api/orders",method="POST",status="5xx"}',
+        to='http_requests_total{handler="/api/orders",method="POST"}',
+        above=0.05,
+    ),
+    severity="page",
+)
 logger = logging.getLogger(__name__)
 
 
@@ -72,14 +98,22 @@ def create_app(database_url: str | None = None, admin_password: str | None = Non
             "allow_origins": origins,
             "allow_credentials": True,
             "allow_methods": ["GET", "HEAD", "POST", "PUT", "DELETE"],
-            "allow_headers": ["Authorization"],
+            "allow_headers": ["Authorization", "Idempotency-Key"],
         }
     api_keys = ApiKeys(partners.PartnerKeyTable(database), prefix="shop")
     tickets = Tickets()
+    rates_url = os.environ.get("SHOP_RATES_URL")
     # The one call; all other settings come from HARDENING_* variables.
     handle = harden(
         app,
-        Settings(auth=auth, cors=cors, csp_reports={"enabled": True}, security_txt=SECURITY_TXT),
+        Settings(
+            auth=auth,
+            cors=cors,
+            csp_reports={"enabled": True},
+            security_txt=SECURITY_TXT,
+            alerts={"rules": (*DEFAULT_RULES, ORDERS_FAIL)},
+            upstreams={rates.UPSTREAM: rates.upstream(rates_url)} if rates_url else {},
+        ),
         authenticators=[ApiKeyAuthenticator(api_keys), tickets],
     )
 
@@ -94,6 +128,8 @@ def create_app(database_url: str | None = None, admin_password: str | None = Non
     app.state.issuer = tokens.make_issuer(handle, signing_secret)
     for router in (
         catalogue.router,
+        suggestions.router,
+        rates.router,
         search.router,
         basket.router,
         live.router,

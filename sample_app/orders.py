@@ -1,4 +1,4 @@
-"""Orders: stock that cannot be sold twice, a background task, and a stream of what happens."""
+"""Orders: placed once however often they are sent, stock that cannot be sold twice, and a stream of what happens."""
 
 from collections.abc import AsyncIterator
 from typing import Annotated
@@ -10,7 +10,8 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from sqlalchemy import delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_hardening import SecurityHeaders
+from fastapi_hardening import Idempotent, Priority, SecurityHeaders
+from sample_app.catalogue import changes_catalogue
 from sample_app.database import CurrentDatabase, Database
 from sample_app.dependencies import Shopper
 from sample_app.models import BasketItem, Order, OrderEvent, OrderLine, OrderStatus, Product
@@ -45,7 +46,13 @@ async def _sell(session: AsyncSession, product_id: int, quantity: int) -> OrderL
     return OrderLine(product_id=product_id, name=row.name, price_cents=row.price_cents, quantity=quantity)
 
 
-@router.post("", status_code=status.HTTP_201_CREATED, response_model=OrderOut)
+@router.post(
+    "",
+    status_code=status.HTTP_201_CREATED,
+    response_model=OrderOut,
+    # A repeated order has the first one's answer; and an order is taken when there is too much to do for all else.
+    dependencies=[Idempotent(), Priority("critical"), changes_catalogue],
+)
 async def place_order(
     customer: OrderIn, shopper: Shopper, database: CurrentDatabase, response: Response, background: BackgroundTasks
 ) -> Order:

@@ -87,6 +87,13 @@ class ProductPage(Output):
     next_offset: int | None
 
 
+class SuggestionOut(Output):
+    """A product that goes well with another one."""
+
+    id: int
+    name: str
+
+
 class BasketItemIn(Input):
     """How many of a product shall be in the basket."""
 

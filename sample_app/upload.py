@@ -6,7 +6,8 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Path, Response, UploadFile, status
 from sqlalchemy import select
 
-from fastapi_hardening import InputPolicy, Public, RequirePermissions, SecurityHeaders
+from fastapi_hardening import Bulkhead, InputPolicy, Public, RequirePermissions, SecurityHeaders
+from sample_app.catalogue import changes_catalogue
 from sample_app.database import CurrentSession
 from sample_app.models import Picture, Product
 from sample_app.schemas import ProductId, ProductOut
@@ -15,6 +16,8 @@ MAX_PICTURE_BYTES = 1_000_000
 # Room for the picture and the multipart envelope around it.
 MAX_BODY_BYTES = MAX_PICTURE_BYTES + 10_000
 
+# Four pictures at a time are in memory and hashed, four more wait, and the shop goes on whoever uploads a thousand.
+uploads = Bulkhead(4, max_wait_seconds=5, name="uploads")
 router = APIRouter(tags=["pictures"])
 
 
@@ -40,6 +43,8 @@ def sniff(data: bytes) -> str | None:
     dependencies=[
         RequirePermissions("products:write"),
         SecurityHeaders(cache_control="no-store"),
+        uploads,
+        changes_catalogue,
         InputPolicy(allow={"body.file.filename": ["traversal"]}),
     ],
 )

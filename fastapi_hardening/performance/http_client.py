@@ -70,6 +70,8 @@ class ConnectionPool:
     def __init__(self, settings: ConnectionSettings | None = None) -> None:
         self._settings = settings or ConnectionSettings()
         self._httpx2 = _client_library()
+        # httpx2 loads what it connects with when it is first used: tenths of a second, and the first call would wait.
+        self._httpx2.AsyncHTTPTransport(verify=False, trust_env=False)
         self._urls: dict[str, httpx2.URL] = {}
         self._transports: dict[str, httpx2.AsyncHTTPTransport] = {}
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -6,7 +6,8 @@ const say = (text) => { element("message").textContent = text; };
 
 // Every error of the API is a problem document; its id finds the request in the log.
 async function call(path, options = {}) {
-  const answer = await fetch(path, { headers: { "Content-Type": "application/json" }, ...options });
+  const headers = { "Content-Type": "application/json", ...options.headers };
+  const answer = await fetch(path, { ...options, headers });
   if (answer.ok) return answer.status === 204 ? null : answer.json();
   const problem = await answer.json().catch(() => ({}));
   const reference = answer.headers.get("X-Request-ID");

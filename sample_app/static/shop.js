@@ -1,13 +1,17 @@
 // No innerHTML and no inline handlers: whatever a product is called, it is text.
 "use strict";
 
-const money = (cents) => (cents / 100).toLocaleString(undefined, { style: "currency", currency: "EUR" });
+const money = (cents, currency = "EUR") => (cents / 100).toLocaleString(undefined, { style: "currency", currency });
+// Not randomUUID(): browsers have that on https and localhost only.
+const newKey = () => Array.from(crypto.getRandomValues(new Uint32Array(4)), (word) => word.toString(36)).join("-");
 
 let query = "";
 let nextOffset = null;
 let basket = { lines: [], total_cents: 0 };
 let follower = null;
 let user = null;
+let rates = {};
+let orderKey = null; // of an order that was sent, and of which nobody knows whether it arrived
 
 function fromTemplate(id) {
   return element(id).content.firstElementChild.cloneNode(true);
@@ -39,9 +43,17 @@ async function showProducts(offset = 0) {
   if (!offset && !items.length) say("Nothing found.");
 }
 
+function showTotal() {
+  element("total").textContent = money(basket.total_cents);
+  const others = Object.entries(basket.total_cents ? rates : {});
+  element("elsewhere").textContent = others
+    .map(([currency, rate]) => `≈ ${money(basket.total_cents * rate, currency)}`).join(" ");
+}
+
 async function showBasket() {
   basket = await call("/api/basket");
-  element("total").textContent = money(basket.total_cents);
+  orderKey = null;
+  showTotal();
   element("order").querySelector("button").disabled = !basket.lines.length;
   element("basket").replaceChildren(...basket.lines.map((line) => {
     const item = fromTemplate("line");
@@ -52,6 +64,27 @@ async function showBasket() {
       await call(`/api/basket/${line.product_id}`, { method: "DELETE" });
       await showBasket();
     }));
+    return item;
+  }));
+  await showSuggestions();
+}
+
+// What is nice to have: if it does not come, the page says nothing.
+async function showRates() {
+  rates = (await call("/api/rates").catch(() => ({ rates }))).rates;
+  showTotal();
+}
+
+async function showSuggestions() {
+  const last = basket.lines.at(-1);
+  const found = last ? await call(`/api/products/${last.product_id}/bought-together`).catch(() => []) : [];
+  const missing = found.filter((product) => !basket.lines.some((line) => line.product_id === product.id));
+  element("together").hidden = !missing.length;
+  element("suggestions").replaceChildren(...missing.map((product) => {
+    const item = fromTemplate("suggestion");
+    item.querySelector(".name").textContent = product.name;
+    item.querySelector("button").setAttribute("aria-label", `Add ${product.name}`);
+    item.querySelector("button").addEventListener("click", attempt(() => add(product.id)));
     return item;
   }));
 }
@@ -114,10 +147,17 @@ element("search").addEventListener("submit", attempt(async (event) => {
 element("more").addEventListener("click", attempt(() => showProducts(nextOffset)));
 element("order").addEventListener("submit", attempt(async (event) => {
   const body = JSON.stringify(Object.fromEntries(new FormData(event.target)));
-  const order = await call("/api/orders", { method: "POST", body });
+  // Without an answer the key is kept: the second click asks what became of the first, and orders nothing twice.
+  const headers = { "Idempotency-Key": orderKey ??= newKey() };
+  const order = await call("/api/orders", { method: "POST", body, headers }).catch((error) => {
+    if (!(error instanceof TypeError)) orderKey = null;
+    throw error;
+  });
   event.target.reset();
   if (!user) follow(order); // who is signed in is told of all orders anyway
   await Promise.all([showBasket(), showProducts()]);
 }));
 
-attempt(() => Promise.all([showProducts(), showBasket(), showAccount()]))();
+element("order").addEventListener("input", () => { orderKey = null; });
+
+attempt(() => Promise.all([showProducts(), showBasket(), showAccount(), showRates()]))();

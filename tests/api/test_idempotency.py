@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_hardening import Idempotent, Principal, Problem, RequireUser, Settings, harden
+from fastapi_hardening import Idempotent, Principal, Priority, Problem, RequireUser, Settings, harden
 from fastapi_hardening.api.idempotency import (
     Full,
     IdempotencyKeyMalformed,
@@ -264,6 +264,22 @@ def test_where_only_the_route_can_decide_no_answer_is_handed_out_again(gate: Any
 
 
 # --- what cannot be kept ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("priority", ["critical", "background"])
+def test_an_important_route_has_its_answers_again(priority: Any) -> None:
+    """Who is refused for load is refused before; an answer that is there already is no load."""
+    app = FastAPI()
+
+    @app.post("/orders", dependencies=[Idempotent(), Priority(priority)])
+    async def order() -> str:
+        return "placed"
+
+    harden(app, Settings(_env_file=None))
+    client = TestClient(app)
+    answers = [client.post("/orders", headers={"Idempotency-Key": "one"}) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[1].headers["idempotent-replayed"] == "true"
 
 
 def test_what_is_not_kept_is_still_not_done_twice(bank: Bank, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from fastapi.templating import Jinja2Templates
 from jinja2 import DictLoader, Environment
-from playwright.sync_api import Locator, expect
+from playwright.sync_api import Locator, Route, expect
 
 from fastapi_hardening import Hardening, RateLimit, SecurityHeaders, Settings, csp_nonce_context, harden
 from fastapi_hardening.security.security_headers import STRICT_CSP
@@ -115,6 +115,47 @@ def test_page_of_another_site_signs_nobody_in(shop: str, serve: Serve, tab: Tab)
         }})"""
     )
     assert opened is False
+
+
+def test_order_whose_answer_is_lost_is_placed_once(shop: str, tab: Tab) -> None:
+    """The second click has the first one's order."""
+    placed = []
+
+    def lose_the_first(route: Route) -> None:
+        answer = route.fetch()
+        placed.append(answer.json()["id"])
+        if len(placed) == 1:
+            route.abort()
+        else:
+            route.fulfill(response=answer)
+
+    tab.page.route("**/api/orders", lose_the_first)
+    tab.page.goto(shop)
+    tab.page.locator("#products button").first.click()
+    expect(tab.page.locator("#basket li")).to_have_count(1)
+    fill_in(tab.page.locator("#order"), name="Ada", email="ada@example.org")
+    expect(tab.page.locator("#message")).not_to_be_empty()
+    tab.page.locator("#order button").click()
+    expect(tab.page.locator("#basket li")).to_have_count(0)
+    expect(tab.page.locator("#products .stock").first).to_have_text("39 left")
+    assert len(placed) == 2
+    assert placed[0] == placed[1]
+
+
+def test_page_shows_what_is_nice_to_have(shop: str, tab: Tab) -> None:
+    """Other currencies and what others bought, where somebody knows them; a suggestion goes into the basket."""
+    tab.page.route("**/api/rates", lambda route: route.fulfill(json={"rates": {"USD": 2}}))
+    suggestions = [{"id": 1, "name": "Enamel mug"}, {"id": 2, "name": "Linen apron"}]
+    tab.page.route("**/bought-together", lambda route: route.fulfill(json=suggestions))
+    tab.page.goto(shop)
+    tab.page.locator("#products button").first.click()
+    expect(tab.page.locator("#elsewhere")).to_contain_text("29.00")
+    expect(tab.page.locator("#suggestions .name")).to_have_text("Linen apron")
+    tab.picture("shop-suggestions")
+    tab.page.get_by_role("button", name="Add Linen apron").last.click()
+    expect(tab.page.locator("#basket li")).to_have_count(2)
+    expect(tab.page.locator("#together")).to_be_hidden()
+    assert tab.complaints == []
 
 
 def test_page_of_the_shop_that_is_hosted_elsewhere_uses_it(

@@ -10,7 +10,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from fastapi_hardening import ConfigurationError, Settings, harden
 from fastapi_hardening.core.client_ip import ClientAddressResolver
 from fastapi_hardening.core.context import RequestContext
-from fastapi_hardening.performance.http_client import trace_headers
+from fastapi_hardening.performance.http_client import ConnectionPool, trace_headers
 
 INCOMING = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -45,6 +45,13 @@ def test_without_a_span_what_came_in_goes_along(traceparent: bytes | None, goes_
     headers = trace_headers(context(traceparent))
     assert ("traceparent" in headers) is goes_along
     assert trace_headers(None) == {}
+
+
+def test_what_connects_is_loaded_before_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading it takes longer than some calls may."""
+    monkeypatch.delitem(sys.modules, "httpcore2", raising=False)
+    ConnectionPool()
+    assert "httpcore2" in sys.modules
 
 
 def test_without_its_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

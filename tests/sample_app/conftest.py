@@ -1,6 +1,7 @@
 """What the tests of the shop share: a running shop, shoppers with cookies of their own, and the admin."""
 
 import os
+import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -36,11 +37,16 @@ async def sign_in(
     return await client.post("/api/session", json={"email": email, "password": password})
 
 
+def new_key() -> dict[str, str]:
+    """The header field of an order that nobody has sent yet."""
+    return {"Idempotency-Key": str(uuid.uuid4())}
+
+
 async def order(client: httpx2.AsyncClient, product: int, quantity: int = 1) -> httpx2.Response:
     """Puts a product into the basket and orders it."""
     put = await client.put(f"/api/basket/{product}", json={"quantity": quantity})
     assert put.status_code == 200
-    return await client.post("/api/orders", json=CUSTOMER)
+    return await client.post("/api/orders", json=CUSTOMER, headers=new_key())
 
 
 async def send_malformed(client: httpx2.AsyncClient, method: str, path: str) -> httpx2.Response:

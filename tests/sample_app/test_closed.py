@@ -6,7 +6,7 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 
-from tests.sample_app.conftest import CUSTOMER, register, send_malformed
+from tests.sample_app.conftest import CUSTOMER, new_key, register, send_malformed
 
 pytestmark = pytest.mark.anyio
 
@@ -16,6 +16,8 @@ OPEN = {
     ("GET", "/api/products"),
     ("GET", "/api/products/{product_id}"),
     ("GET", "/api/products/{product_id}/pictures/{digest}"),
+    ("GET", "/api/products/{product_id}/bought-together"),
+    ("GET", "/api/rates"),
     ("GET", "/api/search"),
     ("GET", "/api/session"),
     ("POST", "/api/session"),
@@ -68,6 +70,6 @@ async def test_who_registers_is_let_in(client: httpx2.AsyncClient) -> None:
     assert (await client.get("/api/basket")).status_code == 401
     assert (await register(client)).status_code == 201
     assert (await client.put("/api/basket/1", json={"quantity": 1})).status_code == 200
-    assert (await client.post("/api/orders", json=CUSTOMER)).status_code == 201
+    assert (await client.post("/api/orders", json=CUSTOMER, headers=new_key())).status_code == 201
     assert (await client.get("/openapi.json")).status_code == 200
     assert (await client.get("/no-such-page")).status_code == 404

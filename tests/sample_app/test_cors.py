@@ -38,11 +38,12 @@ async def test_our_page_reads_answers_and_refusals(client: httpx2.AsyncClient) -
 
 async def test_our_page_signs_in_and_acts(client: httpx2.AsyncClient) -> None:
     """Its preflight passes, and a request with the session's cookie is none of another site."""
-    asks = {"Access-Control-Request-Method": "PUT", "Access-Control-Request-Headers": "content-type"}
+    asks = {"Access-Control-Request-Method": "PUT", "Access-Control-Request-Headers": "content-type,idempotency-key"}
     preflight = await client.options("/api/basket/1", headers=OURS | asks)
     assert preflight.status_code in (200, 204)
     assert readable(preflight)
     assert "PUT" in preflight.headers["access-control-allow-methods"]
+    assert "idempotency-key" in preflight.headers["access-control-allow-headers"].lower()
     await register(client)
     await client.delete("/api/session")
     body = {"email": "ada@example.org", "password": "correct horse battery staple"}

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketDenialResponse
 
 from sample_app import live
-from tests.sample_app.conftest import ADMIN_PASSWORD, CUSTOMER, PASSWORD, make_shop
+from tests.sample_app.conftest import ADMIN_PASSWORD, CUSTOMER, PASSWORD, make_shop, new_key
 
 LIVE = "/api/orders/live"
 # The only host that the test client opens websockets to.
@@ -35,7 +35,7 @@ def sign_in(browser: TestClient, email: str = CUSTOMER["email"], password: str =
 def buy(browser: TestClient) -> str:
     """Orders something; gives the order's id."""
     browser.put("/api/basket/1", json={"quantity": 1})
-    identity: str = browser.post("/api/orders", json=CUSTOMER).json()["id"]
+    identity: str = browser.post("/api/orders", json=CUSTOMER, headers=new_key()).json()["id"]
     return identity
 
 

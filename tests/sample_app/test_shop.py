@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from sqlalchemy import text
 
 from sample_app.database import Database
-from tests.sample_app.conftest import CUSTOMER, SHOP, NewClient, make_shop, order
+from tests.sample_app.conftest import CUSTOMER, SHOP, NewClient, make_shop, new_key, order
 
 pytestmark = pytest.mark.anyio
 
@@ -137,7 +137,7 @@ async def test_last_item_is_sold_exactly_once(new_client: NewClient) -> None:
 async def test_second_click_orders_nothing(client: httpx2.AsyncClient) -> None:
     """The same basket ordered twice at the same time becomes one order."""
     await client.put("/api/basket/1", json={"quantity": 1})
-    answers = await asyncio.gather(*(client.post("/api/orders", json=CUSTOMER) for _ in range(5)))
+    answers = await asyncio.gather(*(client.post("/api/orders", json=CUSTOMER, headers=new_key()) for _ in range(5)))
     assert sorted(answer.status_code for answer in answers) == [201, 409, 409, 409, 409]
     assert (await client.get("/api/products/1")).json()["stock"] == 39
 
@@ -154,7 +154,7 @@ async def test_order_is_all_or_nothing(client: httpx2.AsyncClient) -> None:
 async def test_order_refuses_an_impossible_name(client: httpx2.AsyncClient, name: str) -> None:
     """A name that is empty, too long, of several lines, or no text at all is a 422."""
     content = json.dumps({**CUSTOMER, "name": name})
-    answer = await client.post("/api/orders", content=content, headers={"content-type": "application/json"})
+    answer = await client.post("/api/orders", content=content, headers={"content-type": "application/json"} | new_key())
     assert answer.status_code == 422
 
 
@@ -221,11 +221,12 @@ ATTACK = "x' OR '1'='1"
 
 async def test_order_with_an_attack_is_refused(client: httpx2.AsyncClient) -> None:
     """The API refuses what looks like an attack, and says where, not what."""
-    refused = await client.post("/api/orders", json=CUSTOMER | {"name": ATTACK})
+    refused = await client.post("/api/orders", json=CUSTOMER | {"name": ATTACK}, headers=new_key())
     assert refused.status_code == 422
     assert {error["pointer"] for error in refused.json()["errors"]} == {"#/body/name"}
     assert ATTACK not in refused.text
-    assert (await client.post("/api/orders", json=CUSTOMER | {"name": "Ada O'Brien"})).status_code == 409
+    innocent = await client.post("/api/orders", json=CUSTOMER | {"name": "Ada O'Brien"}, headers=new_key())
+    assert innocent.status_code == 409
 
 
 async def test_search_only_reports(client: httpx2.AsyncClient, shop: FastAPI) -> None:

@@ -7,7 +7,7 @@ Example:
 """
 
 import asyncio
-from typing import Any
+from typing import Any, ClassVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.requests import HTTPConnection
@@ -193,6 +193,8 @@ class Priority(Override):
     Example:
         >>> checkout, suggestions = Priority("critical"), Priority("background")
     """
+
+    may_refuse: ClassVar[bool] = False  # an answer that is there already is no load
 
     def __init__(self, importance: Importance) -> None:
         super().__init__()
