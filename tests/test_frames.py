@@ -329,6 +329,7 @@ async def test_calls_do_not_grow_with_the_number_of_routes() -> None:
         for recorder in recorders:
             for each in range(number):
                 recorder.app.add_api_route(f"/route/{each}/of/many", recorder.endpoint)
-        bare, hardened = [await recorder.serve("GET /ok") for recorder in recorders]
-        added.append(hardened.calls - bare.calls)
+        # The least of a few: a request that a busy machine holds up meets what is done once a second.
+        bare, hardened = [min([(await each.serve("GET /ok")).calls for _ in range(5)]) for each in recorders]
+        added.append(hardened - bare)
     assert added[1] == added[0]
