@@ -51,23 +51,25 @@ def is_plain(text: str) -> bool:
     signs = text.encode("utf-8", "surrogatepass").translate(None, PLAIN)
     if signs:
         if not signs.strip(b"'"):
-            return ".." not in text and _WORDS.match(text) is None and len(_APOSTROPHES.findall(text)) == len(signs)
+            return ".." not in text and not starts_like_a_query(text) and len(_APOSTROPHES.findall(text)) == len(signs)
         if text[:4] == "http":
             return ".." not in text and not signs.translate(None, _IN_ADDRESS) and _is_address(text)
         return ".." not in text and _is_common(text)
     if ".." in text or "__proto__" in text:
         return False
-    return " " not in text or (_WORDS.match(text) is None and "select" not in text.lower())
+    return " " not in text or (not starts_like_a_query(text) and "select" not in text.lower())
 
 
 def starts_like_a_query(text: str) -> bool:
     """Whether a text begins with words that are an attack without any sign."""
+    words = text.split(None, 1)
+    if not words or (words[0][0].isalpha() and words[0].lower() not in _FIRST_WORDS):
+        return False
     return _WORDS.match(text) is not None
 
 
 # Without blanks there are no words that could be a query.
 _PLAIN_IN_TARGET = PLAIN.replace(b" ", b"").replace(b"\t", b"")
-_BEGINS_IN_QUERY = Pattern(rb"(?:[=&]|\A)" + _WORDS_SOURCE.encode(), re.IGNORECASE)
 
 
 def is_plain_query(query: bytes) -> bool:
@@ -76,8 +78,14 @@ def is_plain_query(query: bytes) -> bool:
         return False
     if b"+" not in query:
         return True
-    query = query.replace(b"+", b" ")
-    return b"select" not in query.lower() and _BEGINS_IN_QUERY.search(query) is None
+    if b"select" in query.lower():
+        return False
+    for pair in query.decode().replace("+", " ").split("&"):
+        if " " in pair:
+            name, _, value = pair.partition("=")
+            if starts_like_a_query(value) or (" " in name and starts_like_a_query(name)):
+                return False
+    return True
 
 
 def is_plain_path(path: str) -> bool:
@@ -121,6 +129,13 @@ _is_private = lru_cache(maxsize=1024)(is_private_host)
 def words(text: str) -> frozenset[str]:
     """A list of words."""
     return frozenset(text.split())
+
+
+# Those that an attack without any sign begins with, so that most texts are told by their first word.
+_FIRST_WORDS = words(
+    "union select exec order having etc or and drop truncate waitfor procedure shutdown ping which ls uname netstat "
+    "nslookup nc ncat powershell wget curl telnet create grant insert delete update alter print declare where"
+)
 
 
 class Reading:
