@@ -78,13 +78,13 @@ def is_plain_query(query: bytes) -> bool:
         return False
     if b"+" not in query:
         return True
-    if b"select" in query.lower():
+    query = query.lower()
+    if b"select" in query:
         return False
-    for pair in query.decode().replace("+", " ").split("&"):
-        if " " in pair:
-            name, _, value = pair.partition("=")
-            if starts_like_a_query(value) or (" " in name and starts_like_a_query(name)):
-                return False
+    for text in query.replace(b"&", b"=").split(b"="):
+        first, blank, _ = text.partition(b"+")
+        if blank and (not first.isalpha() or first.decode() in _FIRST_WORDS):
+            return False
     return True
 
 
